@@ -1,0 +1,1 @@
+"""Low-bit vision transformers from their FP32 checkpoint."""

@@ -1,0 +1,1 @@
+"""What mmdet needs beside its own classes."""

@@ -1,0 +1,1 @@
+"""Runner hooks: they say when, the core says what."""
