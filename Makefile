@@ -28,7 +28,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'installing into $(VENV) ...'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'setuptools<82'
-	@$(BIN)/python -c 'import mmcv' 2>/dev/null || \
+	@$(BIN)/python -c 'import sys; from importlib.util import find_spec; sys.exit(not find_spec("mmcv"))' || \
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mmcv-lite
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[detection,fgvc,dev]'
 	@$(BIN)/python -c 'import cv2' 2>/dev/null || \
