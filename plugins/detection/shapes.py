@@ -159,7 +159,7 @@ def _color(rng: np.random.Generator, other: NDArray[np.int64] | None = None) -> 
 
 
 def draw_image(settings: ShapesSettings, split: str, index: int) -> tuple[NDArray[np.uint8], list[Instance]]:
-    """Draw one image, (size, size, 3) RGB, and what can be seen in it; the arguments alone decide every pixel.
+    """Draw one image, (size, size, 3) RGB, and what can be seen in it; the arguments decide every pixel.
 
     Raises:
         ValueError: the split is none of `SPLITS`.

@@ -1,0 +1,152 @@
+"""Paired bootstrap over images: is one detector's AP higher than another's by more than chance?"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+__all__ = ['Difference', 'MatchedImages', 'match_images', 'paired_bootstrap']
+
+
+@dataclass(frozen=True)
+class Difference:
+    """AP of both detectors, second minus first, and the interval of 95 % of the resampled differences."""
+
+    first: float
+    second: float
+    difference: float
+    low: float
+    high: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class _Category:
+    """Detections of a category in all images, by falling score: their image; right or wrong by threshold."""
+
+    image: NDArray[np.int64]  # (D,)
+    correct: NDArray[np.bool_]  # (T, D)
+    wrong: NDArray[np.bool_]  # (T, D); neither where the detection is ignored
+    objects: NDArray[np.int64]  # (images,) to be found
+
+
+@dataclass(frozen=True)
+class MatchedImages:
+    """A detector's boxes or masks, matched to the truth image by image, which resampling leaves as it is."""
+
+    images: int
+    categories: tuple[_Category, ...]
+    recalls: NDArray[np.float64]
+
+    def average_precision(self, counts: NDArray[np.int64]) -> float:
+        """COCO's AP of a set that holds image i `counts[i]` times, (images,) -> a fraction, or nan."""
+        precisions = [p for c in self.categories if (p := self._precision(c, counts)) is not None]
+        return float(np.mean(precisions)) if precisions else float('nan')
+
+    def _precision(self, category: _Category, counts: NDArray[np.int64]) -> float | None:
+        objects = int(category.objects @ counts)
+        if not objects:
+            return None
+        times = counts[category.image]
+        # A copy of an image matches as the image does, so counting its detections several times repeats them.
+        found = np.cumsum(category.correct * times, axis=1)
+        precision = found / np.maximum(found + np.cumsum(category.wrong * times, axis=1), 1)
+        envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        at = [np.searchsorted(recall, self.recalls, side='left') for recall in found / objects]
+        padded = np.pad(envelope, ((0, 0), (0, 1)))
+        return float(np.mean([row[indices] for row, indices in zip(padded, at, strict=True)]))
+
+
+def match_images(truth: COCO, results: list[dict[str, Any]], iou_type: str = 'bbox') -> MatchedImages:
+    """Match detections, as COCO's result format lists them, to the annotated objects.
+
+    Raises:
+        ValueError: `iou_type` is neither bbox nor segm, or a detection lies in an image without record.
+    """
+    if iou_type not in ('bbox', 'segm'):
+        raise ValueError(f"bootstrap: no iou_type {iou_type!r}; 'bbox' or 'segm'")
+    if foreign := {r['image_id'] for r in results} - set(truth.getImgIds()):
+        raise ValueError(
+            f'bootstrap: predictions for images that are not annotated, such as id {min(foreign)}'
+        )
+    with contextlib.redirect_stdout(io.StringIO()):
+        # loadRes takes no empty list.
+        detections = truth.loadRes(results) if results else COCO()
+        evaluation = COCOeval(truth, detections, iou_type)
+        evaluation.params.areaRng = evaluation.params.areaRng[:1]
+        evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[:1]
+        evaluation.params.maxDets = [100]
+        evaluation.evaluate()
+    images = len(evaluation.params.imgIds)
+    per_image = evaluation.evalImgs
+    categories = [
+        _category(per_image[start : start + images], len(evaluation.params.iouThrs))
+        for start in range(0, len(per_image), images)
+    ]
+    return MatchedImages(images, tuple(categories), evaluation.params.recThrs)
+
+
+def _category(matches: list[dict[str, Any] | None], thresholds: int) -> _Category:
+    known = [(index, match) for index, match in enumerate(matches) if match is not None]
+    objects = np.zeros(len(matches), dtype=np.int64)
+    for index, match in known:
+        objects[index] = np.count_nonzero(np.asarray(match['gtIgnore']) == 0)
+    scores = np.concatenate([np.asarray(m['dtScores'], dtype=float) for _, m in known] or [np.empty(0)])
+    image = np.concatenate([np.full(len(m['dtScores']), i) for i, m in known] or [np.empty(0)]).astype(
+        np.int64
+    )
+    nothing = np.empty((thresholds, 0))
+    matched = np.concatenate([m['dtMatches'] for _, m in known] or [nothing], axis=1) > 0
+    ignored = np.concatenate([m['dtIgnore'] for _, m in known] or [nothing], axis=1) > 0
+    order = np.argsort(-scores, kind='mergesort')
+    return _Category(image[order], (matched & ~ignored)[:, order], (~matched & ~ignored)[:, order], objects)
+
+
+def paired_bootstrap(
+    annotations: str | os.PathLike[str],
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str],
+    iou_type: str = 'bbox',
+    samples: int = 1000,
+    seed: int = 0,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> Difference:
+    """Resample images with replacement, the same for both files of predictions, and compare their AP.
+
+    The files are those that mmdet's `CocoMetric` writes with `outfile_prefix`.
+
+    Raises:
+        ValueError: fewer than two samples, or what `match_images` refuses.
+    """
+    if samples < 2:
+        raise ValueError(f'bootstrap: {samples} samples give no interval; 1000 is usual')
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(os.fspath(annotations))
+    one, two = (match_images(truth, _load(path), iou_type) for path in (first, second))
+    rng = np.random.default_rng(seed)
+    differences = []
+    for _ in progress(range(samples)):
+        counts = np.bincount(rng.integers(one.images, size=one.images), minlength=one.images)
+        differences.append(two.average_precision(counts) - one.average_precision(counts))
+    once = np.ones(one.images, dtype=np.int64)
+    ap = one.average_precision(once), two.average_precision(once)
+    low, high = np.nanpercentile(differences, [2.5, 97.5])
+    return Difference(*ap, ap[1] - ap[0], float(low), float(high), samples)
+
+
+def _load(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    with open(path, encoding='utf-8') as file:
+        results = json.load(file)
+    if not isinstance(results, list):
+        raise ValueError(f'bootstrap: {os.fspath(path)} is no list of predictions; give PREFIX.bbox.json')
+    return results

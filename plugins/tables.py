@@ -1,0 +1,123 @@
+"""Tables of README.md and docs/, written from result rows."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from .results import ResultError, ResultRow, read_rows
+
+__all__ = ['fill_tables', 'render_table']
+
+MARKER = re.compile(r'<!-- table: (?P<options>[^>]*?) -->\n(?P<body>.*?)<!-- /table -->', re.DOTALL)
+FIELDS = {f.name for f in fields(ResultRow)} - {'metric', 'value', 'versions'}
+# Reading order within the same bits: what one compares with comes first, the method last.
+FIRST, LAST = ('fp32', 'fp32_control', 'rtn'), 'gplq'
+EXTRA = {
+    'effective_bits': ('effective bits', '{:.2f}', 1),
+    'minutes': ('minutes', '{:.1f}', 1),
+    'peak_memory_mb': ('peak memory, MB', '{:.0f}', 1),
+    'artifact_bytes': ('artifact, MB', '{:.2f}', 1e6),
+}
+
+_Key = tuple[str, int, int, str, str]
+
+
+def fill_tables(text: str, root: Path) -> str:
+    """Fill every block between `<!-- table: FILE metrics=A,B … -->` and `<!-- /table -->` of a page.
+
+    FILE is relative to `root`; `also=minutes,artifact_bytes` adds columns; any other `field=value,value`
+    keeps the rows with one of these values. Values with spaces are quoted.
+
+    Raises:
+        ResultError: an option is unknown, or rows contradict each other.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        path, *options = shlex.split(match['options'])
+        settings = dict(option.split('=', 1) for option in options if '=' in option)
+        if len(settings) != len(options) or 'metrics' not in settings:
+            raise ResultError(
+                f'table of {path}: write <!-- table: FILE metrics=A,B field=value -->, not {options}'
+            )
+        metrics = settings.pop('metrics').split(',')
+        also = settings.pop('also').split(',') if 'also' in settings else []
+        if foreign := sorted(set(settings) - FIELDS) + sorted(set(also) - set(EXTRA)):
+            raise ResultError(f'table of {path}: no field {", ".join(foreign)}')
+        rows = read_rows(root / path) if (root / path).is_file() else []
+        wanted = {name: values.split(',') for name, values in settings.items()}
+        rows = [row for row in rows if all(str(getattr(row, n)) in v for n, v in wanted.items())]
+        return f'<!-- table: {match["options"]} -->\n{render_table(rows, metrics, also)}<!-- /table -->'
+
+    return MARKER.sub(replace, text)
+
+
+def render_table(rows: Iterable[ResultRow], metrics: Sequence[str], also: Sequence[str] = ()) -> str:
+    """Write rows as a table: a line for each method, bits and variant, mean ± standard deviation over seeds.
+
+    A row that was run again replaces the earlier one.
+
+    Raises:
+        ResultError: two checkpoints under the same method, bits and seed.
+    """
+    groups: dict[_Key, dict[str, dict[int, ResultRow]]] = {}
+    for row in rows:
+        if row.metric not in metrics:
+            continue
+        key = (row.model, row.weight_bits, row.activation_bits, row.method, row.variant)
+        seeds = groups.setdefault(key, {}).setdefault(row.metric, {})
+        earlier = seeds.get(row.seed)
+        if earlier and _identity(earlier) != _identity(row):
+            raise ResultError(
+                f'{row.benchmark}: {row.method}, seed {row.seed}, has rows of two checkpoints, splits or '
+                'scopes; keep one with field=value in the table marker'
+            )
+        seeds[row.seed] = row
+    if not groups:
+        return '_No rows yet._\n'
+    models = len({key[0] for key in groups}) > 1
+    variants = any(key[4] for key in groups)
+    head = (['model'] if models else []) + ['method'] + (['variant'] if variants else []) + ['bits']
+    columns = [*(metric.replace('_', ' ') for metric in metrics), *(EXTRA[name][0] for name in also), 'seeds']
+    lines = [[*head, *columns], ['---'] * len(head) + ['---:'] * len(columns)]
+    for key in sorted(groups, key=_order):
+        model, weight_bits, activation_bits, method, variant = key
+        figures = groups[key]
+        line = ([model] if models else []) + [method] + ([variant] if variants else [])
+        line.append('FP32' if weight_bits == activation_bits == 32 else f'W{weight_bits}A{activation_bits}')
+        line += [
+            _mean([r.value for r in figures.get(metric, {}).values()], _digits(metric)) for metric in metrics
+        ]
+        runs = {row.seed: row for of_metric in figures.values() for row in of_metric.values()}
+        for name in also:
+            _, form, unit = EXTRA[name]
+            numbers = [getattr(r, name) / unit for r in runs.values() if getattr(r, name) is not None]
+            line.append(form.format(statistics.fmean(numbers)) if numbers else '')
+        lines.append([*line, str(len(runs))])
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def _identity(row: ResultRow) -> tuple[str, ...]:
+    return row.benchmark, row.split, row.scope, row.checkpoint_sha256
+
+
+def _order(key: _Key) -> tuple[str, int, int, int, str, str]:
+    model, weight_bits, activation_bits, method, variant = key
+    rank = FIRST.index(method) if method in FIRST else len(FIRST) + (method == LAST)
+    return model, -activation_bits, -weight_bits, rank, method, variant
+
+
+def _digits(metric: str) -> str:
+    """Fractions have three decimals, percentages one."""
+    return '{:.3f}' if 'mAP' in metric else '{:.1f}'
+
+
+def _mean(values: list[float], form: str) -> str:
+    if not values:
+        return ''
+    mean = form.format(statistics.fmean(values))
+    return mean if len(values) == 1 else f'{mean} ± {form.format(statistics.stdev(values))}'
