@@ -1,0 +1,74 @@
+"""Read the weights of a backbone from a detector's or a classifier's checkpoint."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .positions import resize_grid, resize_table
+
+__all__ = ['fit_backbone_state', 'read_state_dict']
+
+
+def read_state_dict(path: str) -> dict[str, Tensor]:
+    """Read tensors by name from a `.safetensors` or `.pth` file or URL; nothing in it is ever executed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or holds anything but tensors in plain containers.
+    """
+    if '://' in path:
+        checkpoint = torch.hub.load_state_dict_from_url(path, map_location='cpu', weights_only=True)
+    elif not Path(path).is_file():
+        raise FileNotFoundError(f'checkpoint {path} does not exist')
+    else:
+        try:
+            is_plain = path.endswith('.safetensors')
+            checkpoint = load_file(path) if is_plain else torch.load(path, 'cpu', weights_only=True)
+        except Exception as error:  # each format has exceptions of its own, none of which names the file
+            raise ValueError(f'checkpoint {path} cannot be read as tensors: {error}') from error
+    for key in ('state_dict', 'model'):
+        if isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+    return {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+
+
+def fit_backbone_state(backbone: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Pick the tensors that belong to `backbone`: a leading `backbone.` goes, positions are resized.
+
+    Raises:
+        ValueError: a parameter other than relative positions is missing or has another shape, as it would
+        when
+            `source` holds another architecture.
+    """
+    inside = [name for name in state if name.startswith('backbone.')]
+    if inside:
+        state = {name.removeprefix('backbone.'): state[name] for name in inside}
+    fitted = {}
+    for name, wanted in backbone.state_dict().items():
+        if name not in state and '.rel_pos_' in name:
+            continue
+        if name not in state:
+            raise ValueError(f'{source} has no {name}; is it the checkpoint of another architecture?')
+        fitted[name] = _resized(name, state[name], wanted)
+        if fitted[name].shape != wanted.shape:
+            raise ValueError(
+                f'{source}: {name} has shape {tuple(state[name].shape)} and not {tuple(wanted.shape)}; '
+                'is it the checkpoint of another architecture?'
+            )
+    return fitted
+
+
+def _resized(name: str, value: Tensor, wanted: Tensor) -> Tensor:
+    """Resize absolute or relative positions to `wanted`'s number; other tensors have no second size."""
+    if name == 'pos_embed' and value.ndim == 3:
+        old, new = (round((tensor.shape[1] - 1) ** 0.5) for tensor in (value, wanted))
+        if old * old + 1 != value.shape[1]:
+            return value
+        grid = resize_grid(value[:, 1:].reshape(1, old, old, -1), new, new)
+        return torch.cat([value[:, :1], grid.flatten(1, 2)], dim=1)
+    if '.rel_pos_' in name and value.ndim == 2:
+        return resize_table(value, wanted.shape[0])
+    return value

@@ -1,0 +1,65 @@
+"""Any timm model with feature maps as a backbone for mmdet."""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from mmengine.model import BaseModule
+from torch import Tensor
+
+if importlib.util.find_spec('timm') is None:
+    raise ImportError("TimmBackbone needs timm: pip install 'timm>=1.0'")
+
+import timm
+
+__all__ = ['TimmBackbone']
+
+
+class TimmBackbone(BaseModule):
+    """Give the feature maps of a timm model by its name, for example `swin_tiny_patch4_window7_224`.
+
+    `out_indices` counts the model's stages, or for a plain ViT its blocks. Options of the model go into
+    `model_args`, for example `dict(img_size=(800, 1344))`. The number of channels of each map is in
+    `channels`.
+
+    Images (N, 3, H, W) -> one map (N, channels[i], H_i, W_i) per index.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        pretrained: bool = False,
+        model_args: dict[str, Any] | None = None,
+        init_cfg: dict | None = None,
+    ) -> None:
+        super().__init__(init_cfg=init_cfg)
+        if not timm.is_model(model_name.removeprefix('hf-hub:').split('.')[0]) and ':' not in model_name:
+            near = timm.list_models(f'*{model_name.split("_")[0]}*')[:5]
+            raise ValueError(
+                f'TimmBackbone: timm {timm.__version__} has no model {model_name!r}; it has {near}'
+            )
+        self.model = timm.create_model(
+            model_name,
+            pretrained=pretrained,
+            features_only=True,
+            out_indices=tuple(out_indices),
+            **(model_args or {}),
+        )
+        self.channels: list[int] = self.model.feature_info.channels()
+
+    def init_weights(self) -> None:
+        # timm has initialized or loaded the model when it made it.
+        if self.init_cfg is not None:
+            super().init_weights()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        maps = self.model(x)
+        return tuple(_channels_first(m, count) for m, count in zip(maps, self.channels, strict=True))
+
+
+def _channels_first(feature_map: Tensor, channels: int) -> Tensor:
+    """Turn (N, H, W, C), which Swin and its kin give, into (N, C, H, W)."""
+    if feature_map.shape[1] == channels:
+        return feature_map
+    return feature_map.permute(0, 3, 1, 2).contiguous()
