@@ -1,0 +1,72 @@
+# Cell nuclei (Data Science Bowl 2018, CC0): instance masks, fluorescence and stained tissue, up to 360 pixels a
+# side. `data_root` holds train.json, dev.json, test.json and images/.
+# Set it with GPLQ_DATA_ROOT, which every program understands, or with `--cfg-options data_root=...` of our tools.
+data_root = '{{$GPLQ_DATA_ROOT:data/nuclei}}'
+metainfo = dict(classes=('nucleus',))
+image_size = (256, 256)
+
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='RandomChoiceResize', scales=[(205, 205), (230, 230), (256, 256), (288, 288), (320, 320)], keep_ratio=True),
+    dict(type='RandomCrop', crop_size=(256, 256)),
+    # Cells have no upright position.
+    dict(type='RandomFlip', prob=[0.25, 0.25, 0.25], direction=['horizontal', 'vertical', 'diagonal']),
+    dict(type='PhotoMetricDistortion', hue_delta=10),
+    dict(type='Pad', size=image_size),
+    dict(type='PackDetInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+]
+
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(
+        type='CocoDataset',
+        data_root=data_root,
+        ann_file='train.json',
+        data_prefix=dict(img='images/'),
+        metainfo=metainfo,
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=4,
+    num_workers=1,
+    persistent_workers=True,
+    drop_last=False,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CocoDataset',
+        data_root=data_root,
+        ann_file='dev.json',
+        data_prefix=dict(img='images/'),
+        metainfo=metainfo,
+        test_mode=True,
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = dict(
+    batch_size=4,
+    num_workers=1,
+    persistent_workers=True,
+    drop_last=False,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CocoDataset',
+        data_root=data_root,
+        ann_file='test.json',
+        data_prefix=dict(img='images/'),
+        metainfo=metainfo,
+        test_mode=True,
+        pipeline=test_pipeline,
+    ),
+)
+val_evaluator = dict(type='CocoMetric', ann_file=data_root + '/dev.json', metric=['bbox', 'segm'])
+test_evaluator = dict(type='CocoMetric', ann_file=data_root + '/test.json', metric=['bbox', 'segm'])

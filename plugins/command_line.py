@@ -1,0 +1,54 @@
+"""What the programs that run a config have in common: their arguments and how a config is read."""
+
+import argparse
+import importlib.util
+import os
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+
+from .allocator import keep_freed_memory
+from .data_root import apply_options
+from .preflight import PreflightError
+from .safe_load import allow_mmengine_objects
+
+__all__ = ['add_run_arguments', 'read_config']
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that mm's programs share, by the same names."""
+    parser.add_argument('--work-dir', help='where logs and checkpoints go (default: work_dirs/CONFIG)')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override settings of the config; data_root=PATH moves every data set',
+    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    # torch.distributed.launch passes --local-rank, its older versions --local_rank.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """Read a config and its overrides, and prepare the process for what it will run.
+
+    Raises:
+        PreflightError: there is no such config.
+    """
+    if not Path(args.config).is_file():
+        raise PreflightError(f'config {args.config} does not exist')
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if importlib.util.find_spec('mmdet') is not None:
+        # Before the config: what it imports may import mmcv.ops.
+        importlib.import_module('gplq.plugins.detection')
+    keep_freed_memory()
+    allow_mmengine_objects()
+    cfg = Config.fromfile(args.config)
+    cfg.launcher = args.launcher
+    apply_options(cfg, args.cfg_options)
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs', Path(args.config).stem))
+    return cfg

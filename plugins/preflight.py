@@ -1,0 +1,95 @@
+"""Find out before a run whether the files that its config names are there."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from gplq.errors import GPLQError
+
+__all__ = ['PreflightError', 'preflight']
+
+
+class PreflightError(GPLQError):
+    """A file that the run needs is missing; the message names it and what to do."""
+
+
+def preflight(cfg: Config, splits: tuple[str, ...] = ('train', 'val')) -> None:
+    """Check data sets, annotation files, image folders and checkpoints of a config, in this order.
+
+    Remote addresses and data sets behind another storage backend are left alone.
+
+    Raises:
+        PreflightError: the first thing that is missing.
+    """
+    for split in splits:
+        loader = cfg.get(f'{split}_dataloader')
+        for dataset in _datasets(loader.dataset) if loader else ():
+            _check_dataset(dataset, f'{split}_dataloader')
+        for evaluator in _listed(cfg.get(f'{split}_evaluator')):
+            if evaluator.get('ann_file') and _is_local(evaluator['ann_file'], evaluator):
+                _check_data(Path(evaluator['ann_file']), 'annotation file', f'{split}_evaluator')
+    if cfg.get('load_from') and _is_local(cfg.load_from) and not Path(cfg.load_from).is_file():
+        remedy = 'give one with --cfg-options load_from=PATH'
+        raise PreflightError(f'checkpoint {cfg.load_from} (load_from) does not exist; {remedy}')
+    # A checkpoint that will be loaded over the initial weights makes these superfluous, but they are read.
+    for path, place in _initial_checkpoints(cfg.get('model', {}), 'model'):
+        if _is_local(path) and not Path(path).is_file():
+            remedy = f'give one with --cfg-options {place}=PATH'
+            raise PreflightError(f'initial weights {path} ({place}) do not exist; {remedy}')
+
+
+def _check_dataset(dataset: dict, place: str) -> None:
+    root = str(dataset.get('data_root') or '')
+    if root and not _is_local(root, dataset):
+        return
+    if root:
+        _check_data(Path(root), 'data root', place)
+    if dataset.get('ann_file') and _is_local(dataset['ann_file'], dataset):
+        _check_data(Path(root, dataset['ann_file']), 'annotation file', place)
+    for prefix in (dataset.get('data_prefix') or {}).values():
+        if isinstance(prefix, str) and _is_local(prefix, dataset):
+            _check_data(Path(root, prefix), 'image folder', place)
+
+
+def _check_data(path: Path, what: str, place: str) -> None:
+    if not path.exists():
+        remedy = 'say where the data is with --cfg-options data_root=PATH'
+        raise PreflightError(f'{what} {path} ({place}) does not exist; {remedy}')
+
+
+def _datasets(node: Any) -> Iterator[dict]:
+    """Yield data sets, also from within wrappers such as RepeatDataset and ConcatDataset."""
+    for dataset in _listed(node):
+        inner = dataset.get('dataset') or dataset.get('datasets')
+        if inner:
+            yield from _datasets(inner)
+        else:
+            yield dataset
+
+
+def _listed(node: Any) -> list[dict]:
+    if node is None:
+        return []
+    return [
+        entry for entry in (node if isinstance(node, list | tuple) else [node]) if isinstance(entry, dict)
+    ]
+
+
+def _initial_checkpoints(node: Any, place: str) -> Iterator[tuple[str, str]]:
+    """Yield every `init_cfg` of type Pretrained in a model's config, with its dotted place."""
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        here = f'{place}.{key}'
+        if key == 'init_cfg' and isinstance(value, dict) and value.get('type') == 'Pretrained':
+            yield str(value['checkpoint']), f'{here}.checkpoint'
+        else:
+            yield from _initial_checkpoints(value, here)
+
+
+def _is_local(path: str, owner: dict | None = None) -> bool:
+    """Say whether a path is a file of this machine: no URL, no storage backend beside the local one."""
+    backend = ((owner or {}).get('backend_args') or {}).get('backend', 'local')
+    return '://' not in str(path) and backend in ('local', 'disk', 'LocalBackend', 'HardDiskBackend')
