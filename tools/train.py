@@ -1,4 +1,4 @@
-"""Train what a config describes: FP32 detectors and classifiers, or GPLQ's two stages by the hook in the config."""
+"""Train what a config describes: an FP32 model, or GPLQ's two stages by the hook in the config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gplq.errors import GPLQError
 from gplq.plugins.command_line import add_run_arguments, read_config
 from gplq.plugins.preflight import preflight
 
-EXAMPLE = 'example: python tools/train.py configs/gplq_mask_rcnn_vit-tiny_nuclei.py --cfg-options data_root=data/nuclei'
+EXAMPLE = 'example: python tools/train.py configs/mask_rcnn_vit-tiny_nuclei.py --cfg-options data_root=PATH'
 
 
 def parse_args() -> argparse.Namespace:
