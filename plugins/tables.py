@@ -13,7 +13,8 @@ from .results import ResultError, ResultRow, read_rows
 
 __all__ = ['fill_tables', 'render_table']
 
-MARKER = re.compile(r'<!-- table: (?P<options>[^>]*?) -->\n(?P<body>.*?)<!-- /table -->', re.DOTALL)
+# Only at the start of a line, so that a page can quote a marker.
+MARKER = re.compile(r'^<!-- table: (?P<options>[^>\n]*) -->\n.*?^<!-- /table -->', re.DOTALL | re.MULTILINE)
 FIELDS = {f.name for f in fields(ResultRow)} - {'metric', 'value', 'versions'}
 # Reading order within the same bits: what one compares with comes first, the method last.
 FIRST, LAST = ('fp32', 'fp32_control', 'rtn'), 'gplq'

@@ -34,7 +34,7 @@ MIN_CONTRAST = 90
 class ShapesSettings:
     """What the images look like: side and radii in pixels, the number of objects as an inclusive range."""
 
-    size: int = 144
+    size: int = 128
     min_objects: int = 2
     max_objects: int = 6
     min_radius: int = 10

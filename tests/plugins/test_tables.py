@@ -101,6 +101,11 @@ def test_blocks_are_filled_and_the_rest_stays(tmp_path) -> None:
     assert fill_tables(filled, tmp_path) == filled
 
 
+def test_a_quoted_marker_is_left_alone(tmp_path) -> None:
+    page = '    <!-- table: results/toy.jsonl metrics=top1 -->\n    <!-- /table -->\n'
+    assert fill_tables(page, tmp_path) == page
+
+
 @pytest.mark.parametrize(
     ('options', 'message'),
     [

@@ -1,0 +1,243 @@
+"""Take a Mask R-CNN with a plain ViT from FP32 to 4 bits on generated images; what `make demo` runs.
+
+Draws the images, trains the FP32 detector, then runs the two-line config with 32 bits (the control: the same
+extra training, no quantizers) and with 4 bits. Prints a table, writes pictures and rows of results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from mmengine.utils import track_iter_progress
+
+from gplq.plugins.detection.pictures import draw_predictions, side_by_side
+from gplq.plugins.detection.shapes import CLASSES, ShapesSettings, is_written, write_split
+from gplq.plugins.results import ResultRow, append_row, commit, file_sha256, repeat_command, versions
+
+ROOT = Path(__file__).resolve().parents[1]
+FP32_CONFIG = ROOT / 'configs/mask_rcnn_vit-tiny_shapes.py'
+GPLQ_CONFIG = ROOT / 'configs/gplq_mask_rcnn_vit-tiny_shapes.py'
+METRICS = {'bbox_mAP': 'box AP', 'segm_mAP': 'mask AP'}
+# Lower scores would hide the picture under boxes.
+MIN_SCORE = 0.3
+EXAMPLE = 'example: python tools/demo.py --quick'
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How many images are drawn, and trained on again and again for how many epochs."""
+
+    train: int
+    val: int
+    epochs: int
+
+
+FULL = Scale(train=2000, val=256, epochs=6)
+QUICK = Scale(train=160, val=32, epochs=2)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the table."""
+
+    name: str
+    method: str
+    weight_bits: int
+    activation_bits: int
+    record: dict[str, Any]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--quick', action='store_true', help='few images: about a minute, worse figures')
+    parser.add_argument('--work-dir', type=Path, help='default: work_dirs/demo, or work_dirs/demo_quick')
+    parser.add_argument('--seed', type=int, default=0, help='of images and training (default: %(default)s)')
+    parser.add_argument('--pictures', type=int, default=12, help='how many are drawn (default: %(default)s)')
+    return parser.parse_args()
+
+
+def draw_data(root: Path, scale: Scale, seed: int) -> None:
+    settings = ShapesSettings(seed=seed)
+    for split, images in (('train', scale.train), ('val', scale.val)):
+        if not is_written(root, split, images, settings):
+            print(f'drawing {images} images for {split}')
+            write_split(root, split, images, settings, progress=track_iter_progress)
+            print()
+
+
+def run_tool(name: str, *args: str | Path, data: Path, options: dict[str, Any]) -> float:
+    """Run one of our tools as a user would; give its minutes."""
+    command = [sys.executable, str(ROOT / 'tools' / name), *map(str, args)]
+    if options:
+        command += ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
+    print('\n$ ' + ' '.join(command), flush=True)
+    start = time.perf_counter()
+    done = subprocess.run(command, env=os.environ | dict(GPLQ_DATA_ROOT=str(data)))
+    if done.returncode:
+        sys.exit(f'tools/{name} failed; its log is above')
+    return (time.perf_counter() - start) / 60
+
+
+def computes_bfloat16() -> bool:
+    """Whether bfloat16 is faster than float32 here: on GPUs, and on CPUs with instructions for it."""
+    if os.environ.get('CUDA_VISIBLE_DEVICES') != '' and Path('/proc/driver/nvidia').exists():
+        return True
+    cpuinfo = Path('/proc/cpuinfo')
+    flags = cpuinfo.read_text().split() if cpuinfo.is_file() else []
+    return 'amx_bf16' in flags or 'avx512_bf16' in flags
+
+
+def train_fp32(work: Path, data: Path, scale: Scale, options: dict[str, Any]) -> tuple[Path, float]:
+    """Train, unless this has been done here already; give the checkpoint and the minutes it took."""
+    checkpoint, record = work / f'epoch_{scale.epochs}.pth', work / 'minutes.json'
+    if record.is_file() and checkpoint.is_file():
+        print(f'the FP32 detector is there already: {checkpoint}; remove {work} to train it again')
+        return checkpoint, float(json.loads(record.read_text()))
+    schedule = {
+        'train_cfg.max_epochs': scale.epochs,
+        'train_cfg.val_interval': scale.epochs,
+        'param_scheduler.1.end': scale.epochs,
+        'param_scheduler.1.T_max': scale.epochs,
+        'default_hooks.checkpoint.interval': scale.epochs,
+    }
+    minutes = run_tool('train.py', FP32_CONFIG, '--work-dir', work, data=data, options=options | schedule)
+    record.write_text(json.dumps(minutes))
+    return checkpoint, minutes
+
+
+def read_records(work: Path) -> dict[str, dict[str, Any]]:
+    """Read what the hook noted, by step: metrics, minutes, bytes and files."""
+    records = json.loads((work / 'gplq.json').read_text())
+    for record in records:
+        record['metrics'] = {name.removeprefix('coco/'): v for name, v in record['metrics'].items()}
+    return {record['step']: record for record in records}
+
+
+def print_table(steps: list[Step]) -> None:
+    head = ['', *METRICS.values(), 'backbone MB', 'model MB', 'minutes']
+    lines = [head]
+    for step in steps:
+        lines.append(
+            [step.name]
+            + [f'{step.record["metrics"][metric]:.3f}' for metric in METRICS]
+            + [f'{step.record[size] / 1e6:.2f}' for size in ('backbone_bytes', 'model_bytes')]
+            + [f'{step.record["minutes"]:.1f}']
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    print()
+    for line in lines:
+        cells = [line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
+        print('  '.join(cells))
+
+
+def write_rows(path: Path, steps: list[Step], checkpoint: Path, seed: int) -> None:
+    shared = dict(
+        benchmark='demo',
+        split='val',
+        model='mask_rcnn_vit-tiny',
+        scope='backbone',
+        checkpoint_sha256=file_sha256(checkpoint),
+        seed=seed,
+        command=repeat_command(),
+        commit=commit(),
+        versions=versions(),
+    )
+    for step in steps:
+        for metric in METRICS:
+            row = ResultRow(
+                method=step.method,
+                weight_bits=step.weight_bits,
+                activation_bits=step.activation_bits,
+                effective_bits=step.record.get('effective_bits'),
+                metric=metric,
+                value=step.record['metrics'][metric],
+                minutes=step.record['minutes'],
+                peak_memory_mb=step.record.get('peak_memory_mb'),
+                artifact_bytes=step.record['model_bytes'],
+                **shared,
+            )
+            append_row(path, row)
+
+
+def draw_pictures(work: Path, data: Path, predictions: dict[str, Path], count: int) -> Path:
+    """Draw the first images with each detector's predictions next to each other."""
+    folder = work / 'pictures'
+    folder.mkdir(exist_ok=True)
+    images = json.loads((data / 'annotations/val.json').read_text())['images'][:count]
+    found = {title: json.loads(path.read_text()) for title, path in predictions.items()}
+    for image in images:
+        pixels = np.asarray(cv2.imread(str(data / 'val' / image['file_name'])))[:, :, ::-1]
+        columns = [
+            draw_predictions(
+                pixels, [p for p in of if p['image_id'] == image['id'] and p['score'] >= MIN_SCORE], CLASSES
+            )
+            for of in found.values()
+        ]
+        cv2.imwrite(str(folder / image['file_name']), side_by_side(columns, list(found))[:, :, ::-1])
+    return folder
+
+
+def main() -> None:
+    args = parse_args()
+    start = time.perf_counter()
+    scale = QUICK if args.quick else FULL
+    work = (args.work_dir or ROOT / 'work_dirs' / ('demo_quick' if args.quick else 'demo')).resolve()
+    data = work / 'data'
+    draw_data(data, scale, args.seed)
+    options: dict[str, Any] = {'randomness.seed': args.seed}
+    if not computes_bfloat16():
+        options['optim_wrapper.type'] = 'OptimWrapper'
+    checkpoint, minutes = train_fp32(work / 'fp32', data, scale, options)
+
+    control = options | {'load_from': checkpoint}
+    for stage in ('activation_bits', 'weight_bits'):
+        control[f'default_hooks.gplq.{stage}'] = 32
+    run_tool('train.py', GPLQ_CONFIG, '--work-dir', work / 'fp32_control', data=data, options=control)
+    run_tool(
+        'train.py',
+        GPLQ_CONFIG,
+        '--work-dir',
+        work / 'gplq',
+        data=data,
+        options=options | {'load_from': checkpoint},
+    )
+    records = read_records(work / 'gplq')
+    records['FP32']['minutes'] = minutes
+    trained_on = list(read_records(work / 'fp32_control').values())[-1]
+    steps = [
+        Step('FP32', 'fp32', 32, 32, records['FP32']),
+        Step('FP32 control', 'fp32_control', 32, 32, trained_on),
+        Step('W32A4', 'gplq', 32, 4, records['W32A4']),
+        Step('W4A4', 'gplq', 4, 4, records['W4A4']),
+    ]
+
+    predictions = {}
+    for title, config, weights in (
+        ('FP32', FP32_CONFIG, checkpoint),
+        ('4 bit', GPLQ_CONFIG, Path(records['W4A4']['checkpoint'])),
+    ):
+        prefix = work / title.replace(' ', '').lower()
+        run_tool('test.py', config, weights, data=data, options={'test_evaluator.outfile_prefix': prefix})
+        predictions[title] = Path(f'{prefix}.segm.json')
+    pictures = draw_pictures(work, data, predictions, args.pictures)
+    write_rows(work / 'results.jsonl', steps, checkpoint, args.seed)
+    print_table(steps)
+    print(f'\npictures: {pictures}\nrows: {work / "results.jsonl"}')
+    print(f'4-bit detector: {records["W4A4"]["artifact"]}')
+    print(f'{(time.perf_counter() - start) / 60:.1f} minutes in all')
+
+
+if __name__ == '__main__':
+    main()
