@@ -1,5 +1,5 @@
-# The ViT's rival: ResNet-50 with FPN, heads, data and schedule as in faster_rcnn_vit-tiny_bccd.py, from
-# scratch: python tools/train.py configs/faster_rcnn_r50_bccd.py --cfg-options data_root=data/bccd
+# The ViT's rival: ResNet-50 with FPN from scratch; heads, data and schedule of faster_rcnn_vit-tiny_bccd.py.
+#   python tools/train.py configs/faster_rcnn_r50_bccd.py --cfg-options data_root=data/bccd
 _base_ = './faster_rcnn_vit-tiny_bccd.py'
 
 model = dict(

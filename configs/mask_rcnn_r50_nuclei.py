@@ -1,5 +1,5 @@
-# The ViT's rival: ResNet-50 with FPN, heads, data and schedule as in mask_rcnn_vit-tiny_nuclei.py, from
-# scratch: python tools/train.py configs/mask_rcnn_r50_nuclei.py --cfg-options data_root=data/nuclei
+# The ViT's rival: ResNet-50 with FPN from scratch; heads, data and schedule of mask_rcnn_vit-tiny_nuclei.py.
+#   python tools/train.py configs/mask_rcnn_r50_nuclei.py --cfg-options data_root=data/nuclei
 _base_ = './mask_rcnn_vit-tiny_nuclei.py'
 
 model = dict(

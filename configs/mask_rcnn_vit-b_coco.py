@@ -1,6 +1,6 @@
-# Mask R-CNN with ViTDet's ViT-B on COCO, as trained by mmdetection's projects/ViTDet (box AP 51.6, mask AP
-# 45.7): python tools/train.py configs/mask_rcnn_vit-b_coco.py --cfg-options data_root=data/coco It starts
-# from MAE's weights of ViT-B, to be given by model.backbone.init_cfg.checkpoint.
+# ViTDet's Mask R-CNN with ViT-B on COCO, as in mmdetection's projects/ViTDet (box AP 51.6, mask AP 45.7).
+#   python tools/train.py configs/mask_rcnn_vit-b_coco.py --cfg-options data_root=data/coco/
+# It starts from MAE's weights of ViT-B, to be given by model.backbone.init_cfg.checkpoint.
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     'mmdet::_base_/datasets/coco_instance.py',

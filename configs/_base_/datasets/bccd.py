@@ -1,6 +1,6 @@
 # Blood cells (BCCD, MIT license): boxes of platelets, red and white cells in 640 x 480 micrographs, halved to
-# 320 x 240. `data_root` holds train.json, dev.json, test.json and images/.
-# Set it with GPLQ_DATA_ROOT, which every program understands, or with `--cfg-options data_root=...` of our tools.
+# 320 x 240. `data_root` holds train.json, dev.json, test.json and images/. Say where it is by GPLQ_DATA_ROOT,
+# which every program understands, or to this project's programs by `--cfg-options data_root=PATH`.
 data_root = '{{$GPLQ_DATA_ROOT:data/bccd}}'
 metainfo = dict(classes=('Platelets', 'RBC', 'WBC'))
 image_size = (320, 240)

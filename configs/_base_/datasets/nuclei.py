@@ -1,6 +1,6 @@
-# Cell nuclei (Data Science Bowl 2018, CC0): instance masks, fluorescence and stained tissue, up to 360 pixels a
-# side. `data_root` holds train.json, dev.json, test.json and images/.
-# Set it with GPLQ_DATA_ROOT, which every program understands, or with `--cfg-options data_root=...` of our tools.
+# Cell nuclei (Data Science Bowl 2018, CC0): masks in fluorescence and stained tissue, up to 360 pixels a side.
+# `data_root` holds train.json, dev.json, test.json and images/. Say where it is by GPLQ_DATA_ROOT, which every
+# program understands, or to this project's programs by `--cfg-options data_root=PATH`.
 data_root = '{{$GPLQ_DATA_ROOT:data/nuclei}}'
 metainfo = dict(classes=('nucleus',))
 image_size = (256, 256)
@@ -8,7 +8,11 @@ image_size = (256, 256)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(type='RandomChoiceResize', scales=[(205, 205), (230, 230), (256, 256), (288, 288), (320, 320)], keep_ratio=True),
+    dict(
+        type='RandomChoiceResize',
+        scales=[(205, 205), (230, 230), (256, 256), (288, 288), (320, 320)],
+        keep_ratio=True,
+    ),
     dict(type='RandomCrop', crop_size=(256, 256)),
     # Cells have no upright position.
     dict(type='RandomFlip', prob=[0.25, 0.25, 0.25], direction=['horizontal', 'vertical', 'diagonal']),

@@ -1,5 +1,5 @@
-# Faster R-CNN on a plain ViT of 2.8 M parameters (patch 8, width 192, 6 blocks of which 2 attend globally), with a
-# neck and heads narrow enough to train on two CPU cores.
+# Faster R-CNN on a plain ViT of 2.8 M parameters (patch 8, width 192, 6 blocks of which 2 attend globally),
+# with a neck and heads narrow enough to train on two CPU cores.
 model = dict(
     type='FasterRCNN',
     data_preprocessor=dict(
