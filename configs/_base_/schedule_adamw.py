@@ -1,6 +1,6 @@
 # AdamW with a cosine to zero after a short warm-up, in bfloat16 where the machine computes it (see
 # plugins/amp.py).
-max_epochs = 60
+max_epochs = 40
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=10)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

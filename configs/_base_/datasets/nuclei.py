@@ -1,6 +1,6 @@
-# Cell nuclei (Data Science Bowl 2018, CC0): masks in fluorescence and stained tissue, up to 360 pixels a side.
-# `data_root` holds train.json, dev.json, test.json and images/. Say where it is by GPLQ_DATA_ROOT, which every
-# program understands, or to this project's programs by `--cfg-options data_root=PATH`.
+# Cell nuclei (Data Science Bowl 2018, CC0): masks in fluorescent and stained tissue, up to 360 pixels a side.
+# `data_root` holds train.json, dev.json, test.json and images/. Say where it is by GPLQ_DATA_ROOT, which
+# every program understands, or to this project's programs by `--cfg-options data_root=PATH`.
 data_root = '{{$GPLQ_DATA_ROOT:data/nuclei}}'
 metainfo = dict(classes=('nucleus',))
 image_size = (256, 256)
