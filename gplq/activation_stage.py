@@ -1,0 +1,221 @@
+"""GPLQ's first stage: train FP32 weights together with the activation scales for one epoch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gplq.batches import batch_size, to_device
+from gplq.errors import RecipeError, TrainingError
+from gplq.mimicking import FeatureTap, Mimicking, Reduction, fit_mimicking_loss
+from gplq.progress import Progress, no_progress
+from gplq.record import Stage, named_quantizers, record_of
+
+__all__ = [
+    'ActivationStage',
+    'check_finite',
+    'feature_point',
+    'parameter_groups',
+    'stage_iterations',
+    'train_activations',
+]
+
+
+@dataclass(frozen=True)
+class ActivationStage:
+    """Settings of the first stage.
+
+    Attributes:
+        lr: of weights; the paper trains all with AdamW at 5e-6 and batch 128 (GPLQ sec. 4).
+        scale_lr: of the scales' logarithms and the offsets, about the relative change a step.
+        weight_decay: of weights; scales have none.
+        mimicking_weight: factor of the feature loss, 0 to leave it out.
+        explained_variance: share that decides the rank of the PCA, used where ``rank`` is None.
+        rank: number of principal directions.
+        reduction: of the feature loss, see :class:`gplq.MimickingLoss`.
+        pca_samples: images for the PCA.
+    """
+
+    lr: float = 5e-6
+    scale_lr: float = 1e-3
+    weight_decay: float = 0.0
+    mimicking_weight: float = 1.0
+    explained_variance: float = 0.6
+    rank: int | None = None
+    reduction: Reduction = 'sum'
+    pca_samples: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ('lr', 'scale_lr', 'weight_decay', 'mimicking_weight'):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise RecipeError(f'{name}={value} must be finite and not negative')
+        if self.pca_samples < 1:
+            raise RecipeError(f'pca_samples={self.pca_samples} must be at least 1')
+
+
+def parameter_groups(model: nn.Module, stage: ActivationStage) -> list[dict[str, Any]]:
+    """Optimizer groups: weights, then scales and offsets with a learning rate of their own and no decay."""
+    quantizers = {id(p) for _, q in named_quantizers(model) for p in q.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {
+            'params': [p for p in trained if id(p) not in quantizers],
+            'lr': stage.lr,
+            'weight_decay': stage.weight_decay,
+        },
+        {
+            'params': [p for p in trained if id(p) in quantizers],
+            'lr': stage.scale_lr,
+            'weight_decay': 0.0,
+        },
+    ]
+    return [group for group in groups if group['params']]
+
+
+def stage_iterations(epoch: int, full_training: int, minimum: int = 1000) -> int:
+    """Length of the stage: one epoch or ``minimum``, whichever is more, but at most a tenth of the FP32 training.
+
+    Args:
+        epoch: iterations of an epoch.
+        full_training: iterations of the FP32 training, 0 if unknown.
+        minimum: the paper's accuracy levels off at 1,000 iterations (GPLQ appendix).
+    """
+    length = max(epoch, minimum)
+    return min(length, max(1, full_training // 10)) if full_training else length
+
+
+def check_finite(loss: float, iteration: int) -> None:
+    """Stop a run that has broken down.
+
+    Raises:
+        TrainingError: if ``loss`` is NaN or infinite.
+    """
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f'the loss of iteration {iteration} is {loss}: lower lr or scale_lr; weights before this iteration are kept'
+        )
+
+
+def feature_point(model: nn.Module) -> tuple[str, Literal['input', 'output']]:
+    """Where mimicked features are read: the input of the last classifier layer, else the model's output."""
+    for plan in record_of(model).plan.maps:
+        if plan.input is not None and plan.input.site == 'classifier_input':
+            return plan.name, 'input'
+    return '', 'output'
+
+
+def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    inputs, labels = batch[:2]
+    return F.cross_entropy(model(inputs), labels)
+
+
+def train_activations(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    teacher: nn.Module | None = None,
+    epochs: int = 1,
+    iterations: int | None = None,
+    stage: ActivationStage | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = _cross_entropy,
+    progress: Progress = no_progress,
+) -> None:
+    """Train weights and scales on ``task loss + weight * L_PCA`` with AdamW at constant rates (GPLQ sec. 3.2.1).
+
+    Args:
+        model: calibrated.
+        loader: batches ``(inputs, labels)``, or whatever ``loss`` takes; read ``epochs`` times.
+        teacher: the frozen FP32 model; None leaves mimicking out.
+        epochs: passes over ``loader``.
+        iterations: stop after this many steps, going through ``loader`` as often as needed.
+        stage: learning rates and the feature loss.
+        loss: task loss of ``(model, batch)``; None trains on mimicking alone, labels are not read.
+        progress: wraps an iterable to show how far it is.
+
+    Raises:
+        TrainingError: if a loss is not finite; the weights are those before that step.
+        RecipeError: if there is neither a task loss nor a teacher.
+    """
+    record_of(model, Stage.CALIBRATED)
+    stage = stage or ActivationStage()
+    if teacher is None and loss is None:
+        raise RecipeError('without labels (loss=None) a teacher is needed: pass a copy of the FP32 model')
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(parameter_groups(model, stage), lr=stage.lr, betas=(0.9, 0.999))
+    modes = {module: module.training for module in model.modules()}
+    with ExitStack() as stack:
+        mimicking = None
+        if teacher is not None and (stage.mimicking_weight > 0 or loss is None):
+            mimicking = stack.enter_context(_mimicking(model, teacher, loader, stage).attached())
+        model.train()
+        if iterations is None:
+            batches: Iterable[Any] = itertools.chain.from_iterable(loader for _ in range(epochs))
+        else:
+            batches = itertools.islice(_cycle(loader), iterations)
+        for number, batch in enumerate(progress(batches, 'activation stage')):
+            batch = to_device(batch, device)
+            total = _step_loss(model, batch, loss, mimicking)
+            check_finite(float(total.detach()), number)
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    for module, mode in modes.items():
+        module.training = mode
+
+
+def _step_loss(
+    model: nn.Module,
+    batch: Any,
+    loss: Callable[[nn.Module, Any], Tensor] | None,
+    mimicking: Mimicking | None,
+) -> Tensor:
+    if loss is not None:
+        total = loss(model, batch)
+        return total if mimicking is None else total + mimicking()
+    assert mimicking is not None
+    model(batch[0] if isinstance(batch, (list, tuple)) else batch)
+    return mimicking()
+
+
+def _cycle(loader: Iterable[Any]) -> Iterable[Any]:
+    while True:
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            raise TrainingError('the training loader is empty')
+
+
+def _mimicking(model: nn.Module, teacher: nn.Module, loader: Iterable[Any], stage: ActivationStage) -> Mimicking:
+    device = next(model.parameters()).device
+    name, side = feature_point(model)
+    tap = FeatureTap(teacher, name, side)
+    loss = fit_mimicking_loss(
+        teacher,
+        tap,
+        _first_samples(loader, stage.pca_samples),
+        lambda m, batch: m(to_device(batch[0] if isinstance(batch, (list, tuple)) else batch, device)),
+        explained_variance=stage.explained_variance,
+        rank=stage.rank,
+        reduction=stage.reduction,
+    )
+    return Mimicking(model, teacher, loss, stage.mimicking_weight, name, side)
+
+
+def _first_samples(loader: Iterable[Any], samples: int) -> Iterable[Any]:
+    seen = 0
+    for batch in loader:
+        yield batch
+        seen += batch_size(batch)
+        if seen >= samples:
+            return

@@ -1,0 +1,85 @@
+"""Calibration batches: how many samples they hold, whether they are sound, how the model takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gplq.errors import CalibrationError
+
+__all__ = ['Forward', 'batch_size', 'bounded', 'default_forward', 'to_device']
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """Run a batch that is a tensor, ``(inputs, labels, ...)`` or a mapping of arguments."""
+    parameter = next(model.parameters(), None)
+    batch = batch if parameter is None else to_device(batch, parameter.device)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (list, tuple)):
+        return model(batch[0])
+    return model(batch)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with all its tensors on ``device``."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def batch_size(batch: Any) -> int:
+    """Samples in a batch: a tensor's first axis, a list's images, or the first entry of a tuple or mapping."""
+    if isinstance(batch, Tensor):
+        return int(batch.shape[0]) if batch.dim() else 1
+    if isinstance(batch, Mapping):
+        return batch_size(batch['inputs'] if 'inputs' in batch else next(iter(batch.values()), ()))
+    if isinstance(batch, (list, tuple)) and batch:
+        images = all(isinstance(x, Tensor) and x.dim() == 3 for x in batch)
+        return len(batch) if images else batch_size(batch[0])
+    return 0
+
+
+def bounded(batches: Iterable[Any], samples: int) -> Iterator[Any]:
+    """Batches until ``samples`` are reached, each checked.
+
+    Raises:
+        CalibrationError: if there is no batch, or one is empty or not finite.
+    """
+    seen = 0
+    for number, batch in enumerate(batches):
+        size = batch_size(batch)
+        if size == 0:
+            raise CalibrationError(f'calibration batch {number} is empty')
+        for x in _floats(batch):
+            if not bool(torch.isfinite(x).all()):
+                raise CalibrationError(
+                    f'calibration batch {number} holds NaN or infinite values; check the images and normalization'
+                )
+        yield batch
+        seen += size
+        if seen >= samples:
+            return
+    if seen == 0:
+        raise CalibrationError('there is no calibration batch: the data set or loader is empty')
+
+
+def _floats(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _floats(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _floats(item)

@@ -1,0 +1,149 @@
+"""Initialize every activation quantizer from calibration data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from gplq.batches import Forward, batch_size, bounded, default_forward
+from gplq.equalize import equalize_queries_and_keys
+from gplq.errors import CalibrationError
+from gplq.exponent import search_input_scale
+from gplq.layers import WeightView
+from gplq.observers import Observer, make_observer
+from gplq.observers.vectors import VectorObserver
+from gplq.plan import MapPlan
+from gplq.progress import Progress, no_progress
+from gplq.quantizer import Quantizer
+from gplq.recipe import Recipe
+from gplq.record import Stage, floating_point, named_products, named_quantizers, record_of, weight_views
+from gplq.spec import QuantizerSpec
+from gplq.trace import evaluating
+
+__all__ = ['calibrate']
+
+_log = logging.getLogger(__name__)
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Forward = default_forward,
+    progress: Progress = no_progress,
+) -> None:
+    """Choose scale, offset and sign of every activation quantizer, then switch all of them on.
+
+    The model runs in inference mode and floating point, the training's random state is left alone. Queries and
+    keys are evened out first where that is exact (``recipe.equalize``).
+
+    Args:
+        model: prepared.
+        batches: an iterable that can be read more than once (a loader or a list), of tensors,
+            ``(inputs, labels)`` or mappings; ``recipe.calibration_samples`` samples are read at most.
+        forward: runs one batch.
+        progress: wraps an iterable to show how far it is.
+
+    Raises:
+        CalibrationError: if batches are missing, empty or not finite, or a site is never reached.
+    """
+    record = record_of(model, Stage.PREPARED, Stage.CALIBRATED)
+    recipe = record.plan.recipe
+    batches = list(batches) if isinstance(batches, Iterator) else batches
+    with evaluating(model), floating_point(model):
+        if recipe.equalize:
+            count = equalize_queries_and_keys(model, batches, forward)
+            if count:
+                _log.info('queries and keys evened out in %d attention modules', count)
+        with _observing(model, recipe):
+            samples = 0
+            for batch in progress(bounded(batches, recipe.calibration_samples), 'calibrate'):
+                _run(model, batch, forward)
+                samples += batch_size(batch)
+            observers = {name: q.observer for name, q in named_quantizers(model) if q.observer is not None}
+    signs: dict[str, bool] = {}
+    for plan, view in progress(weight_views(model), 'input scales'):
+        if view.map.input is not None:
+            name = f'{plan.name}:{plan.kind}'
+            signs[name] = _settle_input(name, plan, view, view.map.input, observers[name], recipe, samples)
+    for name, product in named_products(model):
+        for site, quantizer in zip(product.sites, product.operands, strict=True):
+            signs[f'{name}:{site}'] = _settle(f'{name}:{site}', quantizer, observers[f'{name}:{site}'], samples)
+    record.plan = record.plan.with_signs(signs)
+    record.stage = Stage.CALIBRATED
+
+
+def _run(model: nn.Module, batch: Any, forward: Forward) -> None:
+    try:
+        forward(model, batch)
+    except CalibrationError:
+        raise CalibrationError(
+            'a layer was given values that are not finite: ' + _first_broken(model) + '; check the checkpoint'
+        ) from None
+
+
+def _first_broken(model: nn.Module) -> str:
+    """Names a module with a parameter that is not finite, if that is the cause."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+            return f'parameter {name} holds NaN or infinite values'
+    return 'no parameter is at fault, so the input scale is'
+
+
+@contextmanager
+def _observing(model: nn.Module, recipe: Recipe) -> Iterator[None]:
+    vectors = {f'{plan.name}:{plan.kind}' for plan, _ in weight_views(model)}
+    quantizers = list(named_quantizers(model))
+    for name, quantizer in quantizers:
+        if name not in vectors:
+            quantizer.observer = make_observer(recipe.product_observer)
+        elif quantizer.spec.granularity == 'channel':
+            quantizer.observer = VectorObserver()
+        else:
+            quantizer.observer = make_observer(recipe.linear_observer)
+    try:
+        yield
+    finally:
+        for _, quantizer in quantizers:
+            quantizer.observer = None
+
+
+def _settle_input(
+    name: str,
+    plan: MapPlan,
+    view: WeightView,
+    quantizer: Quantizer,
+    observer: Observer,
+    recipe: Recipe,
+    samples: int,
+) -> bool:
+    if not isinstance(observer, VectorObserver):
+        return _settle(name, quantizer, observer, samples)
+    signed = _sign(name, quantizer, observer)
+    spec = _with_sign(quantizer, signed)
+    found = search_input_scale(observer.vectors(), observer.seen, view.matrix(), spec, plan.weight_bits, recipe)
+    _log.debug('%s: exponent %g, clip %g, balanced %s', name, found.exponent, found.clip, found.balanced)
+    quantizer.initialize(found.scale, found.offset, signed=signed, elements=observer.elements / samples)
+    return signed
+
+
+def _settle(name: str, quantizer: Quantizer, observer: Observer, samples: int) -> bool:
+    signed = _sign(name, quantizer, observer)
+    scale, offset = observer.propose(_with_sign(quantizer, signed))
+    quantizer.initialize(scale, offset, signed=signed, elements=observer.elements / samples)
+    return signed
+
+
+def _sign(name: str, quantizer: Quantizer, observer: Observer) -> bool:
+    if observer.elements == 0:
+        raise CalibrationError(f'{name} was never reached by the calibration batches; name it in skip')
+    return observer.signed if quantizer.spec.signed is None else quantizer.spec.signed
+
+
+def _with_sign(quantizer: Quantizer, signed: bool) -> QuantizerSpec:
+    return replace(quantizer.spec, signed=signed)

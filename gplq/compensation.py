@@ -1,0 +1,257 @@
+"""What the rounding of weights took away, given back in closed form, block by block."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gplq.batches import Forward, batch_size, bounded
+from gplq.layers import CompensatedBlock, LinearCompensation, WeightView
+from gplq.least_squares import AffineFit, LinearFit
+from gplq.plan import MapPlan
+from gplq.progress import Progress
+from gplq.record import record_of, weight_views
+from gplq.rounding import round_view
+from gplq.spec import FLOAT_BITS
+from gplq.swap import swap_class
+
+__all__ = ['compensate']
+
+_log = logging.getLogger(__name__)
+
+# Every fourth batch decides, the others fit.
+_HELD_OUT = 4
+_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+class _Reached(Exception):
+    """Ends a forward pass once everything of interest has run."""
+
+
+@torch.no_grad()
+def compensate(
+    model: nn.Module,
+    reference: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward,
+    progress: Progress,
+) -> None:
+    """Fit the recipe's compensation to the outputs of ``reference``, the model before rounding.
+
+    Groups run in the order of the forward pass, later ones see the inputs that earlier ones left. A fit is kept
+    only where it explains held-out samples.
+
+    - ``'qwt'``: a matrix a block from the block's input to its output's error (QwT sec. 3, R^2 > 0).
+    - ``'ridge'``: every weight refitted on its quantized inputs before it is rounded anew (ERQ sec. 4.1).
+    - ``'affine'``: gain and shift a channel of every layer, absorbed by scale and bias (QwT-v2).
+    """
+    recipe = record_of(model).plan.recipe
+    samples = recipe.calibration_samples
+    source = _Source(batches, samples, forward)
+    if recipe.compensation == 'qwt':
+        for name in progress(record_of(model).plan.blocks, 'compensate'):
+            _compensate_block(model, reference, name, source)
+        return
+    for _, view in progress(list(_rounded_views(model)), recipe.compensation):
+        other = _view(reference, view.name)
+        if recipe.compensation == 'affine' or isinstance(view.owner, nn.Conv2d):
+            _absorb_affine(model, reference, view, other, source)
+        else:
+            _refit(model, reference, view, other, source, recipe.weight_scheme)
+
+
+class _Source:
+    """Runs model and reference on the same batches and says which are held out."""
+
+    def __init__(self, batches: Iterable[Any], samples: int, forward: Forward) -> None:
+        self.batches = batches
+        self.samples = samples
+        self.forward = forward
+
+    def pairs(
+        self, model: nn.Module, watched: _Watched, reference: nn.Module, watched_there: _Watched
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
+        """``(input in model, output in model, output in reference, held out)`` of one module, a batch each."""
+        number = 0
+        for batch in bounded(self.batches, self.samples):
+            for part in _split(batch):
+                x, y = self._run(model, watched, part)
+                _, target = self._run(reference, watched_there, part)
+                yield x, y, target, number % _HELD_OUT == _HELD_OUT - 1
+                number += 1
+
+    def _run(self, model: nn.Module, watched: _Watched, batch: Any) -> tuple[Tensor, Tensor]:
+        with watched.running():
+            try:
+                self.forward(model, batch)
+            except _Reached:
+                pass
+        return watched.result()
+
+
+def _split(batch: Any) -> list[Any]:
+    """Halves of a tensor batch, so that a single batch still has a held-out part."""
+    if isinstance(batch, Tensor) and batch_size(batch) >= _HELD_OUT:
+        return list(batch.chunk(_HELD_OUT))
+    return [batch]
+
+
+class _Watched:
+    """Input and output of one module or linear map during one pass, which ends there."""
+
+    def __init__(self) -> None:
+        self._x: Tensor | None = None
+        self._y: Tensor | None = None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        raise NotImplementedError
+
+    def keep(self, x: Tensor, y: Tensor) -> None:
+        self._x, self._y = x, y
+        raise _Reached
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        assert self._x is not None and self._y is not None
+        return self._x, self._y
+
+
+class _WatchedMap(_Watched):
+    def __init__(self, view: WeightView) -> None:
+        super().__init__()
+        self.view = view
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self.view.map.watcher = self.keep
+        try:
+            yield
+        finally:
+            self.view.map.watcher = None
+
+
+class _WatchedBlock(_Watched):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.keep(args[0], output)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        handle = self.block.register_forward_hook(self._hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _rounded_views(model: nn.Module) -> Iterator[tuple[MapPlan, WeightView]]:
+    return ((plan, view) for plan, view in weight_views(model) if plan.weight_bits != FLOAT_BITS)
+
+
+def _view(model: nn.Module, name: str) -> WeightView:
+    return next(view for _, view in weight_views(model) if view.name == name)
+
+
+def _compensate_block(model: nn.Module, reference: nn.Module, name: str, source: _Source) -> None:
+    block = model.get_submodule(name)
+    fits: dict[bool, LinearFit] = {}
+    largest: Tensor | None = None
+    there = reference.get_submodule(name)
+    pairs = source.pairs(model, _WatchedBlock(block), reference, _WatchedBlock(there))
+    for x, y, target, held_out in pairs:
+        if held_out not in fits:
+            fits[held_out] = LinearFit(x.shape[-1], y.shape[-1], x.device)
+        fits[held_out].add(x, target - y)
+        seen = x.abs().reshape(-1, x.shape[-1]).amax(0)
+        largest = seen if largest is None else torch.maximum(largest, seen)
+    assert largest is not None
+    train = fits[False]
+    judge = fits.get(True, train)
+    best, chosen = 0.0, None
+    for strength in _STRENGTHS:
+        solution = train.solve(strength)
+        explained = judge.r_squared(*solution)
+        if explained > best:
+            best, chosen = explained, solution
+    _log.info('%s: compensation explains %.3f of the error', name, best)
+    if chosen is None:
+        return
+    matrix, bias = chosen
+    layer = LinearCompensation(matrix.shape[0], record_of(model).plan.recipe.compensation_bits)
+    layer.to(largest.device)
+    layer.fit(matrix.float(), bias.float(), largest)
+    attach_compensation(block, layer)
+
+
+def attach_compensation(block: nn.Module, layer: LinearCompensation) -> None:
+    """Let ``block`` add ``layer`` of its input to its output."""
+    swap_class(block, CompensatedBlock)
+    block.compensation = layer
+
+
+def _absorb_affine(
+    model: nn.Module, reference: nn.Module, view: WeightView, other: WeightView, source: _Source
+) -> None:
+    fits: dict[bool, AffineFit] = {}
+    for _, y, target, held_out in source.pairs(model, _WatchedMap(view), reference, _WatchedMap(other)):
+        if isinstance(view.owner, nn.Conv2d):
+            y, target = y.movedim(1, -1), target.movedim(1, -1)
+        if held_out not in fits:
+            fits[held_out] = AffineFit(y.shape[-1], y.device)
+        fits[held_out].add(y, target)
+    train = fits[False]
+    judge = fits.get(True, train)
+    gain, shift = train.solve()
+    bias = view.bias_vector()
+    if bias is None:
+        # The layer may be called with a bias that is not its own, which a gain would scale as well.
+        ones = torch.ones_like(gain)
+        gain, shift = ones, (train.sums[2] - train.sums[1]) / train.sums[0].clamp(min=1)
+    better = judge.error(gain, shift) < judge.error(torch.ones_like(gain), torch.zeros_like(shift))
+    gain = torch.where(better, gain, torch.ones_like(gain)).float()
+    shift = torch.where(better, shift, torch.zeros_like(shift)).float()
+    quantizer = view.map.weight
+    assert quantizer is not None
+    quantizer.scale.mul_(gain)
+    view.write(view.matrix() * gain[:, None])
+    own = torch.zeros_like(shift) if bias is None else bias
+    correction = view.map.bias_correction
+    correction.copy_(gain * (own + correction) + shift - own)
+    view.map.corrected = True
+
+
+def _refit(
+    model: nn.Module, reference: nn.Module, view: WeightView, other: WeightView, source: _Source, scheme: str
+) -> None:
+    """Refit the weight before rounding to the reference's output on this model's inputs, then round it again."""
+    original, rounded = other.matrix(), view.matrix()
+    fits: dict[bool, LinearFit] = {}
+    for x, y, target, held_out in source.pairs(model, _WatchedMap(view), reference, _WatchedMap(other)):
+        if held_out not in fits:
+            fits[held_out] = LinearFit(x.shape[-1], y.shape[-1], x.device)
+        # What the unrounded weight would leave to explain.
+        unrounded = y + (x.reshape(-1, x.shape[-1]) @ (original - rounded).t()).reshape(y.shape)
+        fits[held_out].add(x, target - unrounded)
+    train = fits[False]
+    judge = fits.get(True, train)
+    best, matrix, shift = 0.0, original, torch.zeros_like(original[:, 0])
+    for strength in _STRENGTHS:
+        change, bias = train.solve(strength)
+        explained = judge.r_squared(change, bias)
+        if explained > best:
+            best, matrix, shift = explained, original + change.t().float(), bias.float()
+    _log.info('%s: refitting explains %.3f of the error', view.name, best)
+    mean_square = (train.gram.diagonal()[:-1] / train.count).float()
+    mean = (train.gram[-1, :-1] / train.count).float()
+    view.map.bias_correction.zero_()
+    round_view(view, scheme, mean_square, matrix)
+    view.map.bias_correction.copy_(shift + (matrix - view.matrix()) @ mean)
+    view.map.corrected = True

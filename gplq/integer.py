@@ -1,0 +1,136 @@
+"""Recompute quantized layers and products from integer codes alone: the proof that they can be executed so."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gplq.errors import StageError, TargetError
+from gplq.layers import LinearCompensation, QuantizedConv2d, WeightView
+from gplq.products import QuantizedProduct
+from gplq.quantizer import Quantizer
+
+__all__ = [
+    'IntegerLinear',
+    'compensation_from_codes',
+    'integer_linear',
+    'linear_from_codes',
+    'product_from_codes',
+]
+
+
+class IntegerLinear(NamedTuple):
+    """A linear map as an integer machine stores it.
+
+    ``y = scale * (codes @ input codes - zero_point * sum of input codes) + bias``, one scale and zero point an
+    output channel; everything that came from the input's scales and offsets is inside ``codes`` and ``bias``.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    bias: Tensor
+
+
+@torch.no_grad()
+def integer_linear(view: WeightView, bias: Tensor | None = None) -> IntegerLinear:
+    """Constants of a rounded linear map; ``bias`` stands in for the layer's own where a parent passes one.
+
+    Raises:
+        StageError: if the weight is not rounded yet or the input is in floating point.
+        TargetError: if scales are not folded, so that no integer product exists.
+    """
+    quantizer, weight = view.map.input, view.map.weight
+    if quantizer is None or weight is None or not weight.enabled or not quantizer.enabled:
+        raise StageError(f'{view.name}: input and weight are not both quantized: run calibrate and quantize_weights')
+    if not weight.folded and quantizer.scale.numel() > 1:
+        raise TargetError(
+            f'{view.name}: its input has a scale a channel that is not folded (fold=False); no integer product exists'
+        )
+    matrix = view.matrix()
+    columns = matrix.shape[1]
+    column_scale = view.map.column_scale.expand(columns)
+    codes = weight.codes(matrix, column_scale)
+    drift = (weight.restore(codes, column_scale) - matrix).abs().max()
+    if float(drift) > 1e-4 * float(matrix.abs().max()):
+        raise StageError(f'{view.name}: the weight was changed after quantize_weights and is no longer on its grid')
+    scale = weight.scale if weight.folded else weight.scale * quantizer.scale.reshape(-1)[0]
+    own = view.bias_vector() if bias is None else bias
+    total = torch.zeros_like(scale) if own is None else own.clone()
+    if view.map.corrected:
+        total += view.map.bias_correction
+    if quantizer.offset is not None:
+        total += matrix @ (quantizer.scale * quantizer.offset).expand(columns)
+    return IntegerLinear(codes.to(torch.int64), scale, weight.zero_point, total)
+
+
+@torch.no_grad()
+def linear_from_codes(view: WeightView, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Output of a Linear (``(..., in) -> (..., out)``) or Conv2d (NCHW) by an integer product of codes.
+
+    Only the last step, one multiplication and addition an output, is in floating point.
+    """
+    constants = integer_linear(view, bias)
+    assert view.map.input is not None
+    codes = view.map.input.codes(x)
+    if isinstance(view.owner, QuantizedConv2d):
+        return _convolution(view.owner, constants, codes)
+    integers = codes.to(torch.int64)
+    y = integers @ constants.codes.t()
+    scaled = y.to(torch.float64)
+    if constants.zero_point is not None:
+        scaled = scaled - integers.sum(-1, keepdim=True) * constants.zero_point.double()
+    result: Tensor = scaled * constants.scale.double() + constants.bias.double()
+    return result.to(x.dtype)
+
+
+def _convolution(layer: QuantizedConv2d, constants: IntegerLinear, codes: Tensor) -> Tensor:
+    # Doubles hold integers to 2**53 exactly, and CPUs have no integer convolution.
+    kernel = constants.codes.reshape(layer.weight.shape).double()
+    codes = codes.double()
+    y = layer._conv_forward(codes, kernel, None)
+    if constants.zero_point is not None:
+        ones = torch.ones_like(kernel)
+        y = y - layer._conv_forward(codes, ones, None) * constants.zero_point.double()[:, None, None]
+    y = y * constants.scale.double()[:, None, None] + constants.bias.double()[:, None, None]
+    result: Tensor = y.to(layer.weight.dtype)
+    return result
+
+
+@torch.no_grad()
+def product_from_codes(product: QuantizedProduct, left: Tensor, right: Tensor) -> Tensor:
+    """A product ``(..., n, k) @ (..., k, m)`` from the codes of its operands; scales multiply the result.
+
+    Raises:
+        TargetError: if a scale runs along the summed axis, so that it cannot leave the product.
+    """
+    quantize_left, quantize_right = product.operands
+    for quantizer, x, axis in ((quantize_left, left, -1), (quantize_right, right, -2)):
+        shape = _broadcast_shape(quantizer, x)
+        if shape[axis] > 1:
+            raise TargetError(f'a scale of shape {quantizer.shape} runs along the summed axis of a product')
+    codes = quantize_left.codes(left).to(torch.int64) @ quantize_right.codes(right).to(torch.int64)
+    scale = _scale(quantize_left, left) * _scale(quantize_right, right)
+    return (codes.double() * scale).to(left.dtype)
+
+
+def _broadcast_shape(quantizer: Quantizer, x: Tensor) -> tuple[int, ...]:
+    shape = quantizer.shape
+    return (1,) * (max(x.dim(), 2) - len(shape)) + shape
+
+
+def _scale(quantizer: Quantizer, x: Tensor) -> Tensor:
+    """The scale as doubles, repeated over the batch where heads are merged into it."""
+    scale = quantizer.scale.double()
+    if quantizer.merged_heads:
+        scale = scale.repeat(x.shape[0] // quantizer.merged_heads, 1, 1)
+    return scale
+
+
+@torch.no_grad()
+def compensation_from_codes(layer: LinearCompensation, x: Tensor) -> Tensor:
+    """A block's compensation from the codes of its input and matrix."""
+    y = layer.input.codes(x).to(torch.int64) @ layer.codes.to(torch.int64)
+    return (y.double() * layer.scale.double() + layer.bias.double()).to(x.dtype)

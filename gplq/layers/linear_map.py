@@ -1,0 +1,97 @@
+"""One linear map (Linear, Conv2d, or a third of an attention's input projection) and its quantizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gplq.quantizer import Quantizer
+from gplq.weights import WeightQuantizer
+
+__all__ = ['LinearMap', 'WeightView']
+
+
+class LinearMap(nn.Module):
+    """Quantizes the input of a linear map and keeps what the weight stage decides about its weight.
+
+    Args:
+        input: quantizer of the input, None to leave it in floating point.
+        weight: scales of the weight, None to leave it in floating point.
+        rows: output channels.
+    """
+
+    bias_correction: Tensor
+
+    def __init__(self, input: Quantizer | None, weight: WeightQuantizer | None, rows: int) -> None:
+        super().__init__()
+        self.input = input
+        self.weight = weight
+        # Apart from the layer's bias: some layers have none, others are called with one made on the fly.
+        self.register_buffer('bias_correction', torch.zeros(rows))
+        self.corrected = False
+        # Set while a stage looks on; sees the quantized input and the output of every call.
+        self.watcher: Callable[[Tensor, Tensor], None] | None = None
+
+    def run(
+        self,
+        operation: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """``operation(quantized x, weight, bias)``; ``weight`` is already rounded after the weight stage."""
+        if self.input is not None:
+            x = self.input(x)
+        if self.corrected:
+            correction = self.bias_correction
+            bias = correction if bias is None else bias + correction
+            bias = bias.to(weight.dtype)
+        y = operation(x, weight, bias)
+        if self.watcher is not None:
+            self.watcher(x.detach(), y.detach())
+        return y
+
+    @property
+    def column_scale(self) -> Tensor:
+        """Input scale that is folded into the weight's columns, ``(columns,)`` or ``(1,)``; ones if none is."""
+        if self.input is None or self.weight is None or not self.weight.folded:
+            return torch.ones(1, device=self.bias_correction.device)
+        return self.input.scale.detach()
+
+
+@dataclass(frozen=True)
+class WeightView:
+    """Where a linear map's weight lies: a parameter of ``owner``, all of its rows or a slice of them.
+
+    ``name`` is the owner's name in the model with the slice's suffix, as ``summary`` prints it.
+    """
+
+    name: str
+    owner: nn.Module
+    map: LinearMap
+    parameter: str = 'weight'
+    bias: str = 'bias'
+    first_row: int = 0
+    rows: int | None = None
+
+    def matrix(self) -> Tensor:
+        """The weight as ``(rows, columns)``; a view of the parameter."""
+        weight: Tensor = getattr(self.owner, self.parameter).detach()
+        weight = weight.reshape(weight.shape[0], -1)
+        return weight if self.rows is None else weight[self.first_row : self.first_row + self.rows]
+
+    def bias_vector(self) -> Tensor | None:
+        """The owner's bias ``(rows,)``, None if it has none."""
+        bias: Tensor | None = getattr(self.owner, self.bias, None)
+        if bias is None:
+            return None
+        bias = bias.detach()
+        return bias if self.rows is None else bias[self.first_row : self.first_row + self.rows]
+
+    @torch.no_grad()
+    def write(self, matrix: Tensor) -> None:
+        """Put values into the parameter."""
+        self.matrix().copy_(matrix)

@@ -1,0 +1,31 @@
+"""A range that leaves the outermost values out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gplq.errors import RecipeError
+from gplq.observers.base import Observer, Range
+from gplq.observers.samples import ColumnSample
+
+__all__ = ['PercentileObserver']
+
+
+class PercentileObserver(Observer):
+    """The ``1 - p`` and ``p`` quantiles of a random sample (GPLQ sec. 3.2: 1st and 99th percentile)."""
+
+    def __init__(self, percentile: float = 0.99, limit: int = 16384) -> None:
+        super().__init__()
+        if not 0.5 < percentile <= 1:
+            raise RecipeError(f'percentile={percentile} is not in (0.5, 1]')
+        self.percentile = percentile
+        self._sample = ColumnSample(limit, per_tensor=2048)
+
+    def _collect(self, groups: Tensor) -> None:
+        self._sample.add(groups)
+
+    def range(self) -> Range:
+        quantiles = torch.tensor([1 - self.percentile, self.percentile], device=self.seen.low.device)
+        low, high = torch.quantile(self._sample.matrix(), quantiles, dim=1)
+        return Range(low, high)

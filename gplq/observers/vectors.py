@@ -1,0 +1,28 @@
+"""The range of every input channel together with whole input vectors, for a search over the layer's output."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gplq.observers.base import Observer, Range
+from gplq.observers.samples import ColumnSample
+
+__all__ = ['VectorObserver']
+
+
+class VectorObserver(Observer):
+    """Min-max ranges, and a random sample of the vectors that the layer multiplied."""
+
+    def __init__(self, limit: int = 512) -> None:
+        super().__init__()
+        self._sample = ColumnSample(limit, per_tensor=64)
+
+    def _collect(self, groups: Tensor) -> None:
+        self._sample.add(groups)
+
+    def range(self) -> Range:
+        return self.seen
+
+    def vectors(self) -> Tensor:
+        """``(vectors, channels)``."""
+        return self._sample.matrix().t()

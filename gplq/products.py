@@ -1,0 +1,202 @@
+"""Attention products, quantized where they happen: a function mode owned by the module that computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from gplq.errors import ProductError
+from gplq.layers.linear import QuantizedLinear
+from gplq.quantizer import Quantizer
+
+__all__ = ['ProductOwner', 'QuantizedProduct', 'is_product', 'scaled_dot_product_parts']
+
+_MATMULS = frozenset({torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__})
+
+
+def is_product(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether a call multiplies two tensors that are not parameters, as a matrix product or a two-operand einsum."""
+    if func in _MATMULS:
+        operands = args[:2]
+    elif func is torch.einsum:
+        operands = args[1:]
+        if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+            operands = tuple(operands[0])
+    else:
+        return False
+    return len(operands) == 2 and all(isinstance(x, Tensor) and not isinstance(x, nn.Parameter) for x in operands)
+
+
+def scaled_dot_product_parts(
+    query_key: Callable[[Tensor, Tensor], Tensor],
+    attention_value: Callable[[Tensor, Tensor], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``F.scaled_dot_product_attention`` with its two products given from outside.
+
+    Shapes as there: query ``(..., n, d)``, key ``(..., m, d)``, value ``(..., m, e)`` -> ``(..., n, e)``.
+    """
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], dim=-3)
+    scores = query_key(query, key.transpose(-2, -1))
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~causal, float('-inf'))
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, float('-inf'))
+        else:
+            scores = scores + attn_mask
+    attention = F.softmax(scores, dim=-1)
+    if dropout_p > 0:
+        attention = F.dropout(attention, dropout_p)
+    return attention_value(attention, value)
+
+
+class QuantizedProduct(nn.Module):
+    """Quantizers of the two operands of one product; each is a child named for its site.
+
+    Args:
+        index: which of the owner's products this is, in the order of its forward.
+        sites: names of left and right operand, such as ``('query', 'key')``.
+        operands: their quantizers.
+    """
+
+    def __init__(self, index: int, sites: tuple[str, str], operands: tuple[Quantizer, Quantizer]) -> None:
+        super().__init__()
+        self.index = index
+        self.sites = sites
+        for site, quantizer in zip(sites, operands, strict=True):
+            self.add_module(site, quantizer)
+        # Set while a stage looks on; sees both operands before they are quantized and the product.
+        self.watcher: Callable[[Tensor, Tensor, Tensor], None] | None = None
+
+    @property
+    def operands(self) -> tuple[Quantizer, Quantizer]:
+        """Left and right quantizer."""
+        left, right = (self.get_submodule(site) for site in self.sites)
+        assert isinstance(left, Quantizer) and isinstance(right, Quantizer)
+        return left, right
+
+    @property
+    def active(self) -> bool:
+        """Whether the operands must be seen: a quantizer is enabled or observing."""
+        return self.watcher is not None or any(q.enabled or q.observer is not None for q in self.operands)
+
+    def forward(self, left: Tensor, right: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        quantize_left, quantize_right = self.operands
+        y = multiply(quantize_left(left), quantize_right(right))
+        if self.watcher is not None:
+            self.watcher(left.detach(), right.detach(), y.detach())
+        return y
+
+
+class ProductOwner(nn.Module):
+    """Put in front of a module whose own forward multiplies activations, or calls ``F.linear`` on a child's weight.
+
+    While its forward runs, a mode routes those calls through the quantizers. The mode refers to the module that
+    runs, never to the one that was prepared: deep copies keep their own scales.
+    """
+
+    quantized_products: nn.ModuleList
+    product_calls: int
+    functional_linears: tuple[str, ...]
+    owner_name: str
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mode = _ProductMode(self)
+        with mode:
+            y = super().forward(*args, **kwargs)
+        if mode.calls != self.product_calls:
+            raise ProductError(
+                f'{self.owner_name or "the model"}: {mode.calls} matrix products were computed where '
+                f'{self.product_calls} were found in preparation; its control flow depends on the input. '
+                f"Leave it out with skip=('{self.owner_name}',)"
+            )
+        return y
+
+
+# The modes whose forward is running, innermost last: a product belongs to the innermost alone.
+_RUNNING: list[_ProductMode] = []
+
+
+class _ProductMode(TorchFunctionMode):
+    def __init__(self, owner: ProductOwner) -> None:
+        super().__init__()
+        self.owner = owner
+        self.calls = 0
+
+    def __enter__(self) -> _ProductMode:
+        _RUNNING.append(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _RUNNING.pop()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _RUNNING[-1] is self:
+            if func is F.linear and self.owner.functional_linears:
+                return self._linear(*args, **kwargs)
+            if func is F.scaled_dot_product_attention:
+                return self._attention(*args, **kwargs)
+            if is_product(func, args):
+                return self._product(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _next(self) -> QuantizedProduct | None:
+        index = self.calls
+        self.calls += 1
+        for product in self.owner.quantized_products:
+            assert isinstance(product, QuantizedProduct)
+            if product.index == index and product.active:
+                return product
+        return None
+
+    def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        product = self._next()
+        if product is None:
+            return func(*args, **kwargs)
+        if func is torch.einsum:
+            left, right = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
+            return product(left, right, lambda a, b: torch.einsum(args[0], a, b))
+        return product(args[0], args[1], torch.matmul)
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        query_key, attention_value = self._next(), self._next()
+        if query_key is None and attention_value is None:
+            return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+        return scaled_dot_product_parts(
+            _multiplier(query_key), _multiplier(attention_value), query, key, value, *args, **kwargs
+        )
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        for name in self.owner.functional_linears:
+            layer = self.owner.get_submodule(name)
+            if isinstance(layer, QuantizedLinear) and layer.weight is weight:
+                return layer.apply_functional(input, bias)
+        return F.linear(input, weight, bias)
+
+
+def _multiplier(product: QuantizedProduct | None) -> Callable[[Tensor, Tensor], Tensor]:
+    if product is None:
+        return torch.matmul
+    return lambda left, right: product(left, right, torch.matmul)

@@ -1,0 +1,220 @@
+"""Everything that decides how a model is quantized, in one frozen dataclass that travels with the weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from gplq.errors import RecipeError
+from gplq.observers.factory import OBSERVERS
+from gplq.spec import FLOAT_BITS, check_bits
+
+__all__ = ['RECIPE_VERSION', 'Compensation', 'Recipe', 'WeightScheme', 'as_recipe']
+
+RECIPE_VERSION = 1
+
+WeightScheme = Literal['percentile', 'percentile_asymmetric', 'mse', 'min_max']
+Compensation = Literal['none', 'qwt', 'ridge', 'affine']
+GeluOutput = Literal['signed', 'unsigned_offset']
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of all stages.
+
+    Bits are 2 to 8, or 32 for floating point. Name patterns are those of :mod:`fnmatch`, matched against module
+    names as ``model.named_modules()`` gives them.
+
+    Attributes:
+        weight_bits: of every targeted weight but the first and last layer's.
+        activation_bits: of every targeted site but the first and last layer's.
+        first_last_bits: weights and inputs of the patch embedding and of the last classifier layer.
+        targets: names to quantize; each must match a module that can be quantized.
+        skip: names to leave in floating point; each must match a module.
+        linear_input: ``'channel'`` (one scale an input channel, folded into the weights) or ``'tensor'``.
+        exponents: candidates for alpha in ``scale_c ~ range_c ** alpha``; ``(1.0,)`` is the plain per-channel
+            scale, ``(0.0,)`` one scale for all channels in a vector. Searched a layer when there are several.
+        clips: candidates for the share of the range that is represented, searched with the exponents.
+        balance: adds scales that even out the folded weight columns to the search.
+        fold: quantize weights with the input scales folded in. Without it per-channel scales cannot leave the
+            integer product, and :mod:`gplq.integer` refuses the layer: an ablation, not a deployment.
+        linear_observer: of inputs with one scale (convolutions, or linear_input='tensor').
+        product_observer: of queries, keys, values and attention maps.
+        gelu_output: GELU outputs signed a channel, or unsigned with a learned offset.
+        equalize: even out query and key channels in the weights where nothing else reads them.
+        weight_scheme: how weight scales are chosen, always one an output channel.
+        compensation: what is fitted after the weights are rounded.
+        compensation_bits: of the matrix that ``'qwt'`` adds to each block.
+        calibration_samples: how many samples calibration and weight stage read at most.
+    """
+
+    weight_bits: int = 4
+    activation_bits: int = 4
+    first_last_bits: int = 8
+    targets: tuple[str, ...] = ('*',)
+    skip: tuple[str, ...] = ()
+    linear_input: Literal['channel', 'tensor'] = 'channel'
+    exponents: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    clips: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+    balance: bool = True
+    fold: bool = True
+    linear_observer: str = 'mse'
+    product_observer: str = 'mse'
+    gelu_output: GeluOutput = 'signed'
+    equalize: bool = True
+    weight_scheme: WeightScheme = 'mse'
+    compensation: Compensation = 'ridge'
+    compensation_bits: int = 8
+    calibration_samples: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ('weight_bits', 'activation_bits', 'first_last_bits'):
+            check_bits(getattr(self, name), name, allow_float=True)
+        check_bits(self.compensation_bits, 'compensation_bits')
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise RecipeError(f'{name}={getattr(self, name)!r} is not one of {sorted(allowed)}')
+        for name in ('targets', 'skip'):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(pattern, str) for pattern in value):
+                raise RecipeError(f'{name} must be a tuple of name patterns, got {value!r}')
+        if not self.targets:
+            raise RecipeError('targets is empty: nothing would be quantized')
+        if not self.exponents or not all(0 <= alpha <= 1 for alpha in self.exponents):
+            raise RecipeError(f'exponents={self.exponents} must be values in [0, 1]')
+        if not self.clips or not all(0 < clip <= 1 for clip in self.clips):
+            raise RecipeError(f'clips={self.clips} must be values in (0, 1]')
+        if self.calibration_samples < 1:
+            raise RecipeError(f'calibration_samples={self.calibration_samples} must be at least 1')
+        if not self.fold and self.compensation != 'none':
+            raise RecipeError("fold=False is an ablation of the plain weight stage: set compensation='none'")
+
+    @property
+    def quantizes(self) -> bool:
+        """False for w32a32, where every verb leaves the model as it is."""
+        return self.weight_bits != FLOAT_BITS or self.activation_bits != FLOAT_BITS
+
+    @property
+    def name(self) -> str:
+        """Short form such as ``'w4a4'``."""
+        return f'w{self.weight_bits}a{self.activation_bits}'
+
+    @classmethod
+    def gplq(cls, weight_bits: int = 4, activation_bits: int = 4, **settings: Any) -> Recipe:
+        """The recommended settings at these bits."""
+        return cls(weight_bits=weight_bits, activation_bits=activation_bits, **_tuples(settings))
+
+    @classmethod
+    def paper(cls, weight_bits: int = 4, activation_bits: int = 4, **settings: Any) -> Recipe:
+        """The choices of the GPLQ paper (secs. 3.2, 4), with folding so that it can be executed."""
+        chosen: dict[str, Any] = {
+            'exponents': (1.0,),
+            'clips': (1.0,),
+            'balance': False,
+            'equalize': False,
+            'product_observer': 'percentile',
+            'weight_scheme': 'percentile',
+            'compensation': 'qwt',
+        }
+        return cls.gplq(weight_bits, activation_bits, **{**chosen, **settings})
+
+    @classmethod
+    def rtn(cls, weight_bits: int = 4, activation_bits: int = 4, **settings: Any) -> Recipe:
+        """Round-to-nearest, calibrated: per-tensor activations and per-channel weights of least squared error."""
+        chosen: dict[str, Any] = {
+            'linear_input': 'tensor',
+            'equalize': False,
+            'compensation': 'none',
+        }
+        return cls.gplq(weight_bits, activation_bits, **{**chosen, **settings})
+
+    @classmethod
+    def from_string(cls, text: str) -> Recipe:
+        """``'w4a4'`` and the like.
+
+        Raises:
+            RecipeError: if the text has another form or bits that are not supported.
+        """
+        match = re.fullmatch(r'w(\d{1,2})a(\d{1,2})', text.strip().lower())
+        if match is None:
+            raise RecipeError(f"recipe {text!r} is not of the form 'w4a4' (weight bits, activation bits)")
+        return cls.gplq(int(match[1]), int(match[2]))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            RecipeError: for an unknown field, a value of the wrong type or a version from the future.
+        """
+        if not isinstance(values, dict):
+            raise RecipeError(f'a recipe must be a mapping, got {type(values).__name__}')
+        values = dict(values)
+        version = values.pop('version', RECIPE_VERSION)
+        if version != RECIPE_VERSION:
+            raise RecipeError(f'recipe version {version!r} is not {RECIPE_VERSION}: use the gplq that wrote it')
+        known = {field.name: field for field in fields(cls)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise RecipeError(f'recipe fields {unknown} are unknown; known are {sorted(known)}')
+        values = _tuples(values)
+        for name, value in values.items():
+            default = known[name].default
+            expected = (int, float) if isinstance(default, float) else type(default)
+            if not isinstance(value, expected) or (isinstance(value, bool) != isinstance(default, bool)):
+                raise RecipeError(f'{name}={value!r} must be of type {type(default).__name__}')
+            if isinstance(value, tuple) and not all(isinstance(v, (int, float, str)) for v in value):
+                raise RecipeError(f'{name}={value!r} must hold plain values')
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Inverse of :meth:`to_json`; raises RecipeError for text that is not JSON."""
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f'the recipe is not JSON: {error}') from None
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields and the version of the format."""
+        values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        return {'version': RECIPE_VERSION, **values}
+
+    def to_json(self) -> str:
+        """One line of JSON, keys sorted."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    def replace(self, **settings: Any) -> Recipe:
+        """A copy with other settings."""
+        return replace(self, **_tuples(settings))
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    'linear_input': ('channel', 'tensor'),
+    'linear_observer': tuple(OBSERVERS),
+    'product_observer': tuple(OBSERVERS),
+    'gelu_output': get_args(GeluOutput),
+    'weight_scheme': get_args(WeightScheme),
+    'compensation': get_args(Compensation),
+}
+
+
+def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    """Lists, as JSON and configs have them, become tuples; one string becomes one pattern."""
+    converted = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
+    for name in ('targets', 'skip'):
+        if isinstance(converted.get(name), str):
+            converted[name] = (converted[name],)
+    return converted
+
+
+def as_recipe(recipe: Recipe | str) -> Recipe:
+    """A recipe from itself or from its short string."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, str):
+        return Recipe.from_string(recipe)
+    raise RecipeError(f"a recipe is a gplq.Recipe or a string like 'w4a4', got {type(recipe).__name__}")

@@ -1,0 +1,132 @@
+"""What GPLQ remembers of a model that it prepared: the plan and how far the work has come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import nn
+
+from gplq.errors import StageError
+from gplq.layers import DecomposedMultiheadAttention, LinearMap, WeightView
+from gplq.plan import MapPlan, Plan
+from gplq.products import QuantizedProduct
+from gplq.quantizer import Quantizer
+
+__all__ = [
+    'Record',
+    'Stage',
+    'floating_point',
+    'is_prepared',
+    'map_of',
+    'named_products',
+    'named_quantizers',
+    'record_of',
+    'set_record',
+    'weight_views',
+]
+
+_ATTRIBUTE = 'gplq_record'
+
+
+class Stage(str, Enum):
+    """How far a model has come; each stage needs the one before."""
+
+    PREPARED = 'prepared'
+    CALIBRATED = 'calibrated'
+    QUANTIZED = 'quantized'
+
+
+@dataclass
+class Record:
+    """Hangs on the model's root; deep copies carry their own."""
+
+    plan: Plan
+    stage: Stage
+
+
+def set_record(model: nn.Module, record: Record) -> None:
+    """Attach ``record`` to ``model``."""
+    setattr(model, _ATTRIBUTE, record)
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether :func:`gplq.prepare` or :func:`gplq.load` has seen this very module."""
+    return isinstance(getattr(model, _ATTRIBUTE, None), Record)
+
+
+def record_of(model: nn.Module, *stages: Stage) -> Record:
+    """The model's record.
+
+    Raises:
+        StageError: if the model was not prepared, or is in none of ``stages`` where any are named.
+    """
+    record = getattr(model, _ATTRIBUTE, None)
+    if not isinstance(record, Record):
+        raise StageError(f'{type(model).__name__} is not prepared: call gplq.prepare(model, recipe, example) first')
+    if stages and record.stage not in stages:
+        wanted = ' or '.join(stage.value for stage in stages)
+        raise StageError(f'{type(model).__name__} is {record.stage.value}, this needs a model that is {wanted}')
+    return record
+
+
+def map_of(model: nn.Module, plan: MapPlan) -> LinearMap:
+    """The linear map that ``plan`` describes."""
+    owner = model.get_submodule(plan.name)
+    attribute = 'quantization' if plan.kind in ('linear', 'conv2d') else f'{plan.kind}_map'
+    a_map = getattr(owner, attribute)
+    assert isinstance(a_map, LinearMap)
+    return a_map
+
+
+def weight_views(model: nn.Module) -> Iterator[tuple[MapPlan, WeightView]]:
+    """Every linear map of the plan with the place of its weight, in the order of the forward pass."""
+    for plan in record_of(model).plan.maps:
+        owner = model.get_submodule(plan.name)
+        a_map = map_of(model, plan)
+        if not isinstance(owner, DecomposedMultiheadAttention):
+            yield plan, WeightView(plan.name, owner, a_map)
+            continue
+        part = ('query', 'key', 'value').index(plan.kind)
+        name = f'{plan.name}.{plan.kind}'
+        if owner._qkv_same_embed_dim:
+            parameter, first, rows = 'in_proj_weight', part * plan.rows, plan.rows
+        else:
+            parameter, first, rows = f'{plan.kind[0]}_proj_weight', 0, plan.rows
+        yield plan, WeightView(name, owner, a_map, parameter, 'in_proj_bias', first, rows)
+
+
+def named_products(model: nn.Module) -> Iterator[tuple[str, QuantizedProduct]]:
+    """Every quantized product, named by its owner and index."""
+    for plan in record_of(model).plan.products:
+        owner = model.get_submodule(plan.owner)
+        for product in owner.quantized_products:  # type: ignore[union-attr]
+            if isinstance(product, QuantizedProduct) and product.index == plan.index:
+                yield f'{plan.owner}:{plan.index}', product
+
+
+def named_quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """Every activation quantizer; names as :meth:`gplq.plan.Plan.with_signs` takes them."""
+    for plan in record_of(model).plan.maps:
+        quantizer = map_of(model, plan).input
+        if quantizer is not None:
+            yield f'{plan.name}:{plan.kind}', quantizer
+    for name, product in named_products(model):
+        for site, quantizer in zip(product.sites, product.operands, strict=True):
+            yield f'{name}:{site}', quantizer
+
+
+@contextmanager
+def floating_point(model: nn.Module) -> Iterator[None]:
+    """Switch every activation quantizer off; with weights not yet rounded the model is its FP32 self."""
+    quantizers = [q for _, q in named_quantizers(model)]
+    enabled = [q.enabled for q in quantizers]
+    for quantizer in quantizers:
+        quantizer.enabled = False
+    try:
+        yield
+    finally:
+        for quantizer, state in zip(quantizers, enabled, strict=True):
+            quantizer.enabled = state

@@ -1,0 +1,197 @@
+"""Save a quantized model as packed codes in one safetensors file, and load it without trusting the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gplq.compensation import attach_compensation
+from gplq.errors import CheckpointError, StageError
+from gplq.insert import insert
+from gplq.layers import CompensatedBlock, LinearCompensation
+from gplq.packing import pack, unpack
+from gplq.plan import Plan
+from gplq.record import Stage, named_quantizers, record_of, weight_views
+from gplq.spec import FLOAT_BITS
+
+__all__ = ['describe', 'load', 'restore', 'save']
+
+FORMAT = 'gplq-1'
+_PACKED = '.packed'
+
+
+def describe(model: nn.Module) -> dict[str, str]:
+    """The state of a prepared model beyond its tensors, as strings that travel in a checkpoint's metadata."""
+    record = record_of(model)
+    compensated = [name for name, m in model.named_modules() if isinstance(m, CompensatedBlock)]
+    corrected = [view.name for _, view in weight_views(model) if view.map.corrected]
+    return {
+        'format': FORMAT,
+        'plan': record.plan.to_json(),
+        'stage': record.stage.value,
+        'compensated': json.dumps(compensated),
+        'corrected': json.dumps(corrected),
+    }
+
+
+def restore(model: nn.Module, description: dict[str, str]) -> None:
+    """Give a fresh model the structure and stage that :func:`describe` wrote; tensors are loaded afterwards.
+
+    Raises:
+        CheckpointError: if the description is damaged or names modules that the model lacks.
+    """
+    found = description.get('format') if isinstance(description, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"the file's format is {found!r:.40}, not {FORMAT!r}: it was not written by gplq.save")
+    try:
+        stage = Stage(description['stage'])
+        plan = Plan.from_json(description['plan'])
+        compensated, corrected = json.loads(description['compensated']), json.loads(description['corrected'])
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the file's description is damaged: {error}") from None
+    if not isinstance(compensated, list) or not set(compensated) <= set(plan.blocks):
+        raise CheckpointError(f'the file compensates {compensated!r:.80}, which its plan does not list as blocks')
+    insert(model, plan)
+    record = record_of(model)
+    record.stage = stage
+    for name in compensated:
+        block = model.get_submodule(name)
+        channels = _block_channels(model, name)
+        layer = LinearCompensation(channels, plan.recipe.compensation_bits)
+        layer.input.enabled = True
+        attach_compensation(block, layer.to(_device(model)))
+    if stage is not Stage.PREPARED:
+        for _, quantizer in named_quantizers(model):
+            quantizer.enabled = True
+    for _, view in weight_views(model):
+        view.map.corrected = isinstance(corrected, list) and view.name in corrected
+        if stage is Stage.QUANTIZED and view.map.weight is not None:
+            view.map.weight.enabled = True
+    if stage is Stage.QUANTIZED:
+        for _, quantizer in named_quantizers(model):
+            quantizer.requires_grad_(False)
+
+
+def _block_channels(model: nn.Module, block: str) -> int:
+    """Width of a block: the first linear map inside it reads the residual stream."""
+    for plan, view in weight_views(model):
+        if plan.name.startswith(f'{block}.') or plan.name == block:
+            return int(view.matrix().shape[1])
+    raise CheckpointError(f'the file compensates block {block!r}, in which no layer is quantized')
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write all tensors, quantized weights as packed codes, with the recipe as JSON metadata.
+
+    The file is complete or absent: it is written beside its place and moved there.
+
+    Raises:
+        StageError: if the weights are not quantized.
+    """
+    record = record_of(model)
+    if record.stage is not Stage.QUANTIZED:
+        raise StageError(f'the model is {record.stage.value}: call gplq.quantize_weights before gplq.save')
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    for plan, view in weight_views(model):
+        weight = view.map.weight
+        if weight is None or plan.weight_bits == FLOAT_BITS:
+            continue
+        matrix = view.matrix()
+        codes = weight.codes(matrix, view.map.column_scale.expand(matrix.shape[1])).cpu()
+        key = f'{plan.name}.{view.parameter}'
+        tensors.pop(key, None)
+        suffix = '' if view.rows is None else f'.{plan.kind}'
+        tensors[f'{key}{suffix}{_PACKED}'] = pack(codes, plan.weight_bits, signed=weight.zero_point is None)
+    # Tied tensors are stored once each: safetensors refuses memory that two names share.
+    tensors = {name: t.clone() for name, t in tensors.items()}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=describe(model))
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Turn a fresh FP32 model into the quantized one that :func:`save` wrote, and return it.
+
+    Nothing in the file is executed. Its shapes are checked against the model before a tensor is read.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or belongs to another architecture.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f'{path} does not exist')
+    try:
+        with safe_open(path, framework='pt') as file:
+            restore(model, file.metadata() or {})
+            tensors = _read(model, file, path)
+    except SafetensorError as error:
+        raise CheckpointError(f'{path} is not a readable safetensors file ({error}): it may be truncated') from None
+    model.load_state_dict(tensors)
+    return model
+
+
+def _read(model: nn.Module, file: Any, path: Path) -> dict[str, Tensor]:
+    expected = model.state_dict()
+    names = set(file.keys())
+    tensors: dict[str, Tensor] = {}
+    packed = {}
+    for plan, view in weight_views(model):
+        if plan.weight_bits != FLOAT_BITS:
+            suffix = '' if view.rows is None else f'.{plan.kind}'
+            packed[f'{plan.name}.{view.parameter}{suffix}{_PACKED}'] = (plan, view)
+    rounded = {f'{plan.name}.{view.parameter}' for plan, view in packed.values()}
+    missing = sorted((set(expected) - rounded) - names) + sorted(set(packed) - names)
+    foreign = sorted(names - set(expected) - set(packed))
+    if missing or foreign:
+        raise CheckpointError(
+            f'{path} does not fit this {type(model).__name__}: {len(missing)} tensors are missing {missing[:3]}, '
+            f'{len(foreign)} are foreign {foreign[:3]}'
+        )
+    for name in names - set(packed):
+        shape, dtype = file.get_slice(name).get_shape(), expected[name].dtype
+        if list(shape) != list(expected[name].shape):
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(shape)}, this model's has {list(expected[name].shape)}"
+            )
+        tensors[name] = file.get_tensor(name).to(dtype)
+        if tensors[name].is_floating_point() and not bool(tensors[name].isfinite().all()):
+            raise CheckpointError(f'{path}: {name} holds NaN or infinite values')
+    state = {**{name: t for name, t in expected.items() if name in rounded}, **tensors}
+    for name in rounded:
+        state[name] = expected[name].detach().clone()
+    for key, (plan, view) in packed.items():
+        assert view.map.weight is not None
+        prefix = f'{plan.name}.' + ('quantization' if plan.kind in ('linear', 'conv2d') else f'{plan.kind}_map')
+        weight, matrix = view.map.weight, view.matrix()
+        codes = unpack(file.get_tensor(key), matrix.numel(), plan.weight_bits, signed=weight.zero_point is None)
+        view.map.load_state_dict(
+            {n.removeprefix(f'{prefix}.'): t for n, t in tensors.items() if n.startswith(f'{prefix}.')}
+        )
+        column_scale = view.map.column_scale.expand(matrix.shape[1])
+        values = weight.restore(codes.reshape(matrix.shape).to(matrix), column_scale)
+        target = state[f'{plan.name}.{view.parameter}']
+        rows = slice(None) if view.rows is None else slice(view.first_row, view.first_row + view.rows)
+        target[rows] = values.reshape(target[rows].shape)
+    return state
+
+
+def _device(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device('cpu') if parameter is None else parameter.device

@@ -1,0 +1,322 @@
+"""One forward pass, watched: which layers and products run, in which module, on what."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from gplq.products import is_product, scaled_dot_product_parts
+
+__all__ = ['LinearCall', 'ProductCall', 'SoftmaxCall', 'Trace', 'evaluating', 'trace_forward']
+
+_SOFTMAX = frozenset({F.softmax, torch.softmax, Tensor.softmax})
+_CONV = frozenset({F.conv2d, torch.conv2d})
+_OTHER_CONV = frozenset({F.conv1d, F.conv3d, F.conv_transpose2d, torch.conv_transpose2d})
+# Operations that move values but change none, so that what is known of a tensor stays true of the result.
+_MOVES = frozenset(
+    {
+        Tensor.view,
+        Tensor.reshape,
+        Tensor.permute,
+        Tensor.transpose,
+        Tensor.flatten,
+        Tensor.unflatten,
+        Tensor.contiguous,
+        Tensor.unsqueeze,
+        Tensor.squeeze,
+        Tensor.to,
+        Tensor.float,
+        Tensor.clone,
+        torch.reshape,
+        torch.permute,
+        torch.transpose,
+        torch.flatten,
+        torch.roll,
+        F.dropout,
+        F.pad,
+    }
+)
+
+
+@dataclass(frozen=True)
+class _Tag:
+    """What is known of a tensor: the products, softmaxes and layers it comes from, and what made it."""
+
+    constant: bool = False
+    products: frozenset[int] = frozenset()
+    softmaxes: frozenset[int] = frozenset()
+    layers: frozenset[str] = frozenset()
+    gelu: bool = False
+    image: bool = False
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """A Linear or Conv2d (or other convolution) that ran.
+
+    ``layer`` is the module that holds the weight, empty if none does; ``owner`` the module whose forward called
+    it. ``shape`` is the input's.
+    """
+
+    layer: str
+    owner: str
+    kind: str
+    shape: tuple[int, ...]
+    multiplications: int
+    after_gelu: bool
+    on_image: bool
+    constant: bool
+
+
+@dataclass(frozen=True)
+class ProductCall:
+    """A product of two tensors that are not parameters; ``stack`` names the running modules, innermost last."""
+
+    stack: tuple[str, ...]
+    left_shape: tuple[int, ...]
+    right_shape: tuple[int, ...]
+    output_numel: int
+    multiplications: int
+    constant: bool
+    einsum: bool
+    left_softmaxes: frozenset[int]
+    right_softmaxes: frozenset[int]
+
+
+@dataclass(frozen=True)
+class SoftmaxCall:
+    """A softmax over something that depends on the input; ``products`` lists the products it came from."""
+
+    stack: tuple[str, ...]
+    numel: int
+    products: frozenset[int]
+
+
+@dataclass
+class Trace:
+    """All that one forward pass showed."""
+
+    linears: list[LinearCall] = field(default_factory=list)
+    products: list[ProductCall] = field(default_factory=list)
+    softmaxes: list[SoftmaxCall] = field(default_factory=list)
+    opaque: dict[str, str] = field(default_factory=dict)
+    blocks: list[str] = field(default_factory=list)
+    ran: list[str] = field(default_factory=list)
+    final_layers: frozenset[str] = frozenset()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inference mode of the modules, no gradients, random state as before; each module's mode is put back."""
+    modes = {module: module.training for module in model.modules()}
+    devices = {p.device.index for p in model.parameters() if p.device.type == 'cuda'}
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def trace_forward(model: nn.Module, forward: Callable[[nn.Module], Any]) -> tuple[Trace, Any]:
+    """Run ``forward(model)`` in inference mode and report what ran, with the output."""
+    tracer = _Tracer(model)
+    with evaluating(model), tracer.modules():
+        with tracer:
+            output = forward(model)
+    # Logits are (batch, classes); feature maps and token sequences have more dimensions.
+    tracer.trace.final_layers = frozenset().union(*(tracer.layers_behind(x) for x in _tensors(output) if x.dim() == 2))
+    return tracer.trace, output
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+class _Tracer(TorchFunctionMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self._names = {module: name for name, module in model.named_modules()}
+        self._layers = {
+            id(parameter): (name, module)
+            for name, module in model.named_modules()
+            for parameter in module._parameters.values()
+            if parameter is not None
+        }
+        self._fixed = {id(buffer) for buffer in model.buffers()}
+        self._running: list[str] = []
+        # Kept alive for the pass: tags hang on tensor objects, whose ids must not be used again.
+        self._kept: list[Tensor] = []
+        self._tags: dict[int, _Tag] = {}
+
+    @contextlib.contextmanager
+    def modules(self) -> Iterator[None]:
+        """Follow which module's forward is running."""
+        handles = []
+        for module in self._names:
+            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        name = self._names[module]
+        if not self._running:
+            # The first module to run, the model or its backbone, is given the images.
+            for x in _tensors((args, kwargs)):
+                self._mark(x, _Tag(image=True))
+        self._running.append(name)
+        self.trace.ran.append(name)
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        name = self._running.pop()
+        given, made = next(_tensors(args), None), output
+        if given is not None and isinstance(made, Tensor) and made.shape == given.shape:
+            self.trace.blocks.append(name)
+
+    def _mark(self, x: Tensor, tag: _Tag) -> None:
+        self._kept.append(x)
+        self._tags[id(x)] = tag
+
+    def _tag(self, x: Tensor) -> _Tag:
+        if id(x) in self._tags:
+            return self._tags[id(x)]
+        return _Tag(constant=isinstance(x, nn.Parameter) or id(x) in self._fixed)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if is_product(func, args):
+            return self._product(func, args, output)
+        given = list(_tensors((args, kwargs)))
+        tags = [self._tag(x) for x in given]
+        if func in _SOFTMAX:
+            self._softmax(args[0], output)
+            return output
+        layers = frozenset().union(*(tag.layers for tag in tags))
+        if func is F.linear or func in _CONV or func in _OTHER_CONV:
+            layers = frozenset({self._linear(func, args, kwargs, output)})
+        elif func is F.multi_head_attention_forward:
+            self.trace.opaque[self._running[-1] if self._running else ''] = 'fused attention'
+        learned = any(isinstance(x, nn.Parameter) for x in given)
+        tag = _Tag(
+            constant=all(tag.constant for tag in tags),
+            products=frozenset().union(*(tag.products for tag in tags)),
+            softmaxes=frozenset().union(*(tag.softmaxes for tag in tags)),
+            layers=layers if not learned or func is F.linear else frozenset(),
+            gelu=func is F.gelu or (func in _MOVES and bool(tags) and tags[0].gelu),
+            image=not learned and any(tag.image for tag in tags),
+        )
+        for x in _tensors(output):
+            if not isinstance(x, nn.Parameter):
+                self._mark(x, tag)
+        return output
+
+    def _softmax(self, x: Tensor, output: Tensor) -> None:
+        tag = self._tag(x)
+        if tag.constant:
+            self._mark(output, tag)
+            return
+        index = len(self.trace.softmaxes)
+        self.trace.softmaxes.append(SoftmaxCall(tuple(self._running), x.numel(), tag.products))
+        self._mark(output, _Tag(softmaxes=frozenset({index})))
+
+    def _product(self, func: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        operands: Any = args[:2]
+        if func is torch.einsum:
+            operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
+        self._record_product(operands[0], operands[1], output, einsum=func is torch.einsum)
+        return output
+
+    def _record_product(self, left: Tensor, right: Tensor, output: Tensor, *, einsum: bool = False) -> None:
+        tags = self._tag(left), self._tag(right)
+        inner = left.shape[-1]
+        call = ProductCall(
+            stack=tuple(self._running),
+            left_shape=tuple(left.shape),
+            right_shape=tuple(right.shape),
+            output_numel=output.numel(),
+            multiplications=output.numel() * inner,
+            constant=any(tag.constant for tag in tags),
+            einsum=einsum,
+            left_softmaxes=tags[0].softmaxes,
+            right_softmaxes=tags[1].softmaxes,
+        )
+        index = len(self.trace.products)
+        self.trace.products.append(call)
+        self._mark(output, _Tag(products=frozenset({index})))
+
+    def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Take the fused attention apart, so that its parts are seen like those of any other."""
+
+        def multiply(left: Tensor, right: Tensor) -> Tensor:
+            output = torch.matmul(left, right)
+            self._record_product(left, right, output)
+            return output
+
+        def query_key(left: Tensor, right: Tensor) -> Tensor:
+            output = multiply(left, right)
+            softmax = SoftmaxCall(tuple(self._running), output.numel(), frozenset({len(self.trace.products) - 1}))
+            self.trace.softmaxes.append(softmax)
+            return output
+
+        def attention_value(left: Tensor, right: Tensor) -> Tensor:
+            self._mark(left, _Tag(softmaxes=frozenset({len(self.trace.softmaxes) - 1})))
+            return multiply(left, right)
+
+        return scaled_dot_product_parts(query_key, attention_value, *args, **kwargs)
+
+    def layers_behind(self, x: Tensor) -> frozenset[str]:
+        """Linear layers from which ``x`` follows without any other parameter."""
+        return self._tag(x).layers
+
+    def _linear(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> str:
+        """Record a call and return the name of the layer that holds the weight."""
+        x = args[0] if args else kwargs['input']
+        weight = args[1] if len(args) > 1 else kwargs['weight']
+        layer, _ = self._layers.get(id(weight), ('', None))
+        if func is F.linear:
+            kind = 'linear'
+        else:
+            kind = 'conv2d' if func in _CONV else 'convolution'
+        if func in _OTHER_CONV and func is not F.conv1d and func is not F.conv3d:
+            multiplications = x.numel() * (weight.numel() // weight.shape[0])
+        else:
+            multiplications = output.numel() * (weight.numel() // weight.shape[0])
+        tag = self._tag(x)
+        self.trace.linears.append(
+            LinearCall(
+                layer=layer,
+                owner=self._running[-1] if self._running else '',
+                kind=kind,
+                shape=tuple(x.shape),
+                multiplications=multiplications,
+                after_gelu=tag.gelu,
+                on_image=tag.image,
+                constant=tag.constant,
+            )
+        )
+        return str(layer)

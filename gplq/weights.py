@@ -1,0 +1,151 @@
+"""Weight quantization a row (output channel): choice of scale, rounding, and the module that keeps both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gplq.spec import QuantizerSpec
+
+__all__ = ['WeightQuantizer', 'WeightScales', 'choose_weight_scales', 'round_weight']
+
+# RepQ-ViT's three candidates; the paper's percentile quantizer takes the first.
+PERCENTILES = (0.999, 0.9999, 0.99999)
+MSE_RATIOS: tuple[float, ...] = tuple(torch.linspace(1.0, 0.3, 36).tolist())
+
+
+class WeightScales(NamedTuple):
+    """``weight ~ scale * (codes - zero_point)``, one a row; ``zero_point`` is None for symmetric schemes."""
+
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+def round_weight(weight: Tensor, scales: WeightScales, bits: int) -> Tensor:
+    """Codes of a matrix ``(rows, columns)``, as floats: signed, or from 0 up with a zero point."""
+    codes = (weight / scales.scale[:, None]).round()
+    if scales.zero_point is None:
+        return codes.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return codes.add_(scales.zero_point[:, None]).clamp_(0, 2**bits - 1)
+
+
+def restore_weight(codes: Tensor, scales: WeightScales) -> Tensor:
+    """Values of codes ``(rows, columns)``."""
+    if scales.zero_point is not None:
+        codes = codes - scales.zero_point[:, None]
+    return codes * scales.scale[:, None]
+
+
+def choose_weight_scales(
+    weight: Tensor,
+    bits: int,
+    scheme: str,
+    importance: Tensor | None = None,
+    ratios: Sequence[float] = MSE_RATIOS,
+) -> WeightScales:
+    """Scale (and zero point) of each row of ``weight``, ``(rows, columns)``.
+
+    Schemes: ``min_max``; ``percentile``, symmetric (GPLQ sec. 4); ``percentile_asymmetric``, the best by squared
+    error of three percentiles (RepQ-ViT's released code); ``mse``, symmetric, the clipping of least squared error.
+
+    Args:
+        weight: the matrix in the domain in which it is rounded (input scales folded in).
+        bits: 2 to 8.
+        scheme: see above.
+        importance: mean square of what each column multiplies, ``(columns,)``; weighs the squared error.
+        ratios: shares of the largest value that ``mse`` tries.
+    """
+    if scheme == 'min_max':
+        return _symmetric(weight.abs().amax(dim=1), bits)
+    if scheme == 'percentile':
+        return _symmetric(_row_quantile(weight.abs(), PERCENTILES[0]), bits)
+    if scheme == 'percentile_asymmetric':
+        candidates = [_asymmetric(_row_quantile(weight, 1 - p), _row_quantile(weight, p), bits) for p in PERCENTILES]
+    else:
+        largest = weight.abs().amax(dim=1)
+        candidates = [_symmetric(largest * ratio, bits) for ratio in ratios]
+    return _best(weight, candidates, bits, importance)
+
+
+def _best(weight: Tensor, candidates: list[WeightScales], bits: int, importance: Tensor | None) -> WeightScales:
+    scale, zero_point = candidates[0]
+    least = torch.full_like(scale, torch.inf)
+    for candidate in candidates:
+        error = (restore_weight(round_weight(weight, candidate, bits), candidate) - weight).square_()
+        if importance is not None:
+            error.mul_(importance)
+        total = error.sum(dim=1)
+        better = total < least
+        least = torch.where(better, total, least)
+        scale = torch.where(better, candidate.scale, scale)
+        if zero_point is not None and candidate.zero_point is not None:
+            zero_point = torch.where(better, candidate.zero_point, zero_point)
+    return WeightScales(scale, zero_point)
+
+
+def _symmetric(largest: Tensor, bits: int) -> WeightScales:
+    scale = largest / (2 ** (bits - 1) - 1)
+    return WeightScales(torch.where(scale > 0, scale, torch.ones_like(scale)), None)
+
+
+def _asymmetric(low: Tensor, high: Tensor, bits: int) -> WeightScales:
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = (high - low) / (2**bits - 1)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return WeightScales(scale, (-low / scale).round())
+
+
+def _row_quantile(weight: Tensor, p: float) -> Tensor:
+    return torch.quantile(weight, p, dim=1)
+
+
+class WeightQuantizer(nn.Module):
+    """Scales of one weight matrix and the rounding itself; empty until the weight stage.
+
+    The layer's own parameter then holds the rounded values, so every FP32 key keeps its meaning; the codes
+    follow from it (:meth:`codes`).
+
+    Args:
+        bits: 2 to 8.
+        rows: output channels.
+        asymmetric: whether there is a zero point a row.
+        folded: whether codes are those of ``weight * input scale``.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, bits: int, rows: int, *, asymmetric: bool, folded: bool) -> None:
+        super().__init__()
+        self.spec = QuantizerSpec(bits, signed=not asymmetric, granularity='channel', offset=asymmetric)
+        self.folded = folded
+        self.enabled = False
+        self.register_buffer('scale', torch.ones(rows))
+        self.register_buffer('zero_point', torch.zeros(rows) if asymmetric else None)
+
+    @property
+    def scales(self) -> WeightScales:
+        return WeightScales(self.scale, self.zero_point)
+
+    @torch.no_grad()
+    def quantize(self, weight: Tensor, column_scale: Tensor, scales: WeightScales) -> Tensor:
+        """Keep ``scales`` and return ``weight`` rounded, both ``(rows, columns)`` and not folded.
+
+        ``column_scale``, ``(columns,)`` or one value, is the input scale to fold.
+        """
+        self.scale.copy_(scales.scale)
+        if self.zero_point is not None and scales.zero_point is not None:
+            self.zero_point.copy_(scales.zero_point)
+        self.enabled = True
+        return self.restore(round_weight(weight * column_scale, self.scales, self.spec.bits), column_scale)
+
+    def restore(self, codes: Tensor, column_scale: Tensor) -> Tensor:
+        """The unfolded matrix that codes ``(rows, columns)`` stand for."""
+        return restore_weight(codes, self.scales) / column_scale
+
+    def codes(self, weight: Tensor, column_scale: Tensor) -> Tensor:
+        """Integer codes, as floats, of a matrix that :meth:`quantize` rounded."""
+        return round_weight(weight * column_scale, self.scales, self.spec.bits)
