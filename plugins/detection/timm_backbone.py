@@ -11,6 +11,7 @@ if importlib.util.find_spec('timm') is None:
     raise ImportError("TimmBackbone needs timm: pip install 'timm>=1.0'")
 
 import timm
+from timm.layers import Format
 
 __all__ = ['TimmBackbone']
 
@@ -34,11 +35,10 @@ class TimmBackbone(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
-        if not timm.is_model(model_name.removeprefix('hf-hub:').split('.')[0]) and ':' not in model_name:
+        # A name with a colon is looked up elsewhere; what follows a dot is a choice of weights.
+        if ':' not in model_name and not timm.is_model(model_name.split('.')[0]):
             near = timm.list_models(f'*{model_name.split("_")[0]}*')[:5]
-            raise ValueError(
-                f'TimmBackbone: timm {timm.__version__} has no model {model_name!r}; it has {near}'
-            )
+            raise ValueError(f'TimmBackbone: timm {timm.__version__} has no model {model_name!r}; it has {near}')
         self.model = timm.create_model(
             model_name,
             pretrained=pretrained,
@@ -47,6 +47,8 @@ class TimmBackbone(BaseModule):
             **(model_args or {}),
         )
         self.channels: list[int] = self.model.feature_info.channels()
+        # Swin and its kin give (N, H, W, C).
+        self.channels_last = self.model.output_fmt == Format.NHWC
 
     def init_weights(self) -> None:
         # timm has initialized or loaded the model when it made it.
@@ -55,11 +57,6 @@ class TimmBackbone(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         maps = self.model(x)
-        return tuple(_channels_first(m, count) for m, count in zip(maps, self.channels, strict=True))
-
-
-def _channels_first(feature_map: Tensor, channels: int) -> Tensor:
-    """Turn (N, H, W, C), which Swin and its kin give, into (N, C, H, W)."""
-    if feature_map.shape[1] == channels:
-        return feature_map
-    return feature_map.permute(0, 3, 1, 2).contiguous()
+        if self.channels_last:
+            return tuple(m.permute(0, 3, 1, 2).contiguous() for m in maps)
+        return tuple(maps)
