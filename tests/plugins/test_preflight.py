@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from gplq.plugins.preflight import PreflightError, preflight
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / 'data/images').mkdir(parents=True)
+    (tmp_path / 'data/train.json').touch()
+    (tmp_path / 'model.pth').touch()
+    return tmp_path
+
+
+def config(root: Path) -> Config:
+    data = str(root / 'data')
+    dataset = dict(type='CocoDataset', data_root=data, ann_file='train.json', data_prefix=dict(img='images/'))
+    return Config(
+        dict(
+            train_dataloader=dict(dataset=dict(type='RepeatDataset', times=2, dataset=dataset)),
+            val_evaluator=dict(type='CocoMetric', ann_file=f'{data}/train.json'),
+            load_from=str(root / 'model.pth'),
+            model=dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint=str(root / 'model.pth')))),
+        )
+    )
+
+
+def test_complete_config_passes(root: Path) -> None:
+    preflight(config(root))
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'message'),
+    [
+        ('train_dataloader.dataset.dataset.data_root', 'none', r'data root none \(train_dataloader\).*data_root='),
+        (
+            'train_dataloader.dataset.dataset.ann_file',
+            'none.json',
+            r'annotation file \S*none.json \(train_dataloader\)',
+        ),
+        ('train_dataloader.dataset.dataset.data_prefix.img', 'none/', r'image folder \S*none \(train_dataloader\)'),
+        ('val_evaluator.ann_file', 'none.json', r'annotation file none.json \(val_evaluator\)'),
+        ('load_from', 'none.pth', r'checkpoint none.pth \(load_from\).*load_from=PATH'),
+        ('model.backbone.init_cfg.checkpoint', 'none.pth', r'none.pth \(model.backbone.init_cfg.checkpoint\)'),
+    ],
+)
+def test_what_is_missing_is_named_with_its_place_and_remedy(root: Path, key: str, value: str, message: str) -> None:
+    cfg = config(root)
+    cfg.merge_from_dict({key: value})
+    with pytest.raises(PreflightError, match=message):
+        preflight(cfg)
+
+
+def test_only_the_asked_splits_are_checked(root: Path) -> None:
+    cfg = config(root)
+    cfg.val_evaluator.ann_file = 'none.json'
+    preflight(cfg, splits=('train', 'test'))
+
+
+@pytest.mark.parametrize('address', ['https://host/model.pth', 'torchvision://resnet50'])
+def test_remote_addresses_are_left_alone(root: Path, address: str) -> None:
+    cfg = config(root)
+    cfg.load_from = address
+    cfg.model.backbone.init_cfg.checkpoint = address
+    preflight(cfg)
+
+
+def test_data_behind_another_backend_is_left_alone(root: Path) -> None:
+    cfg = config(root)
+    cfg.train_dataloader.dataset.dataset.update(data_root='bucket', backend_args=dict(backend='petrel'))
+    preflight(cfg)
+
+
+def test_config_without_data_passes() -> None:
+    preflight(Config(dict(model=dict(type='ToyModel'))))
