@@ -27,7 +27,7 @@ SUBPIXEL = 16
 MIN_VISIBLE = 0.4
 PLACEMENT_TRIALS = 20
 # Below this distance (sum over the three channels) from the background's color a shape could not be seen.
-MIN_CONTRAST = 90
+MIN_CONTRAST = 120
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class ShapesSettings:
 
     size: int = 128
     min_objects: int = 2
-    max_objects: int = 6
-    min_radius: int = 10
+    max_objects: int = 5
+    min_radius: int = 12
     max_radius: int = 32
     seed: int = 0
 
@@ -121,7 +121,7 @@ def _rasterize(contours: Iterable[NDArray[np.int64]], size: int) -> NDArray[np.b
 def _texture(rng: np.random.Generator, size: int, color: NDArray[np.int64]) -> NDArray[np.int64]:
     """Color plus smooth waves, stripes and grain, (size, size, 3) integers."""
     cells = int(rng.integers(2, 7))
-    grid = rng.integers(-36, 37, size=(cells + 1, cells + 1, 3))
+    grid = rng.integers(-24, 25, size=(cells + 1, cells + 1, 3))
     position = np.arange(size) * cells
     cell, offset = position // size, position % size
     rows = grid[cell] * (size - offset)[:, None, None] + grid[cell + 1] * offset[:, None, None]
@@ -129,7 +129,7 @@ def _texture(rng: np.random.Generator, size: int, color: NDArray[np.int64]) -> N
     texture = (rows[:, cell] * (size - weight) + rows[:, cell + 1] * weight) // (size * size)
     step_x, step_y, period = rng.integers(-4, 5), rng.integers(-4, 5), int(rng.integers(12, 48))
     phase = (np.arange(size)[None, :] * step_x + np.arange(size)[:, None] * step_y) % period
-    texture += np.where(phase < period // 2, 1, -1)[..., None] * rng.integers(0, 19, size=3)
+    texture += np.where(phase < period // 2, 1, -1)[..., None] * rng.integers(0, 13, size=3)
     texture += rng.integers(-6, 7, size=(size, size, 1))
     return np.asarray(texture + color, dtype=np.int64)
 
