@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from mmengine.config import Config
 from mmengine.utils import track_iter_progress
 
 from gplq.plugins.detection.pictures import draw_predictions, side_by_side
@@ -35,14 +37,14 @@ EXAMPLE = 'example: python tools/demo.py --quick'
 
 @dataclass(frozen=True)
 class Scale:
-    """How many images are drawn, and trained on again and again for how many epochs."""
+    """How many images are drawn, and for how many epochs the FP32 detector sees them."""
 
     train: int
     val: int
     epochs: int
 
 
-FULL = Scale(train=2000, val=256, epochs=6)
+FULL = Scale(train=2000, val=256, epochs=Config.fromfile(FP32_CONFIG).max_epochs)
 QUICK = Scale(train=160, val=32, epochs=2)
 
 
@@ -77,14 +79,13 @@ def draw_data(root: Path, scale: Scale, seed: int) -> None:
             print()
 
 
-def run_tool(name: str, *args: str | Path, data: Path, options: dict[str, Any]) -> float:
+def run_tool(name: str, *args: str | Path, options: dict[str, Any]) -> float:
     """Run one of our tools as a user would; give its minutes."""
-    command = [sys.executable, str(ROOT / 'tools' / name), *map(str, args)]
-    if options:
-        command += ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
-    print('\n$ ' + ' '.join(command), flush=True)
+    command = ['python', f'tools/{name}', *map(str, args)]
+    command += ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
+    print(f'\n$ {shlex.join(command)}', flush=True)
     start = time.perf_counter()
-    done = subprocess.run(command, env=os.environ | dict(GPLQ_DATA_ROOT=str(data)))
+    done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT)
     if done.returncode:
         sys.exit(f'tools/{name} failed; its log is above')
     return (time.perf_counter() - start) / 60
@@ -99,20 +100,20 @@ def computes_bfloat16() -> bool:
     return 'amx_bf16' in flags or 'avx512_bf16' in flags
 
 
-def train_fp32(work: Path, data: Path, scale: Scale, options: dict[str, Any]) -> tuple[Path, float]:
+def train_fp32(work: Path, epochs: int, options: dict[str, Any]) -> tuple[Path, float]:
     """Train, unless this has been done here already; give the checkpoint and the minutes it took."""
-    checkpoint, record = work / f'epoch_{scale.epochs}.pth', work / 'minutes.json'
+    checkpoint, record = work / f'epoch_{epochs}.pth', work / 'minutes.json'
     if record.is_file() and checkpoint.is_file():
-        print(f'the FP32 detector is there already: {checkpoint}; remove {work} to train it again')
+        print(f'the FP32 detector is there already; remove {work} to train it again')
         return checkpoint, float(json.loads(record.read_text()))
     schedule = {
-        'train_cfg.max_epochs': scale.epochs,
-        'train_cfg.val_interval': scale.epochs,
-        'param_scheduler.1.end': scale.epochs,
-        'param_scheduler.1.T_max': scale.epochs,
-        'default_hooks.checkpoint.interval': scale.epochs,
+        'train_cfg.max_epochs': epochs,
+        'train_cfg.val_interval': epochs,
+        'param_scheduler.1.end': epochs,
+        'param_scheduler.1.T_max': epochs,
+        'default_hooks.checkpoint.interval': epochs,
     }
-    minutes = run_tool('train.py', FP32_CONFIG, '--work-dir', work, data=data, options=options | schedule)
+    minutes = run_tool('train.py', FP32_CONFIG, '--work-dir', work, options=options | schedule)
     record.write_text(json.dumps(minutes))
     return checkpoint, minutes
 
@@ -143,7 +144,7 @@ def print_table(steps: list[Step]) -> None:
 
 
 def write_rows(path: Path, steps: list[Step], checkpoint: Path, seed: int) -> None:
-    shared = dict(
+    shared: dict[str, Any] = dict(
         benchmark='demo',
         split='val',
         model='mask_rcnn_vit-tiny',
@@ -196,23 +197,16 @@ def main() -> None:
     work = (args.work_dir or ROOT / 'work_dirs' / ('demo_quick' if args.quick else 'demo')).resolve()
     data = work / 'data'
     draw_data(data, scale, args.seed)
-    options: dict[str, Any] = {'randomness.seed': args.seed}
+    options: dict[str, Any] = {'data_root': data, 'randomness.seed': args.seed}
     if not computes_bfloat16():
         options['optim_wrapper.type'] = 'OptimWrapper'
-    checkpoint, minutes = train_fp32(work / 'fp32', data, scale, options)
+    checkpoint, minutes = train_fp32(work / 'fp32', scale.epochs, options)
 
-    control = options | {'load_from': checkpoint}
-    for stage in ('activation_bits', 'weight_bits'):
-        control[f'default_hooks.gplq.{stage}'] = 32
-    run_tool('train.py', GPLQ_CONFIG, '--work-dir', work / 'fp32_control', data=data, options=control)
-    run_tool(
-        'train.py',
-        GPLQ_CONFIG,
-        '--work-dir',
-        work / 'gplq',
-        data=data,
-        options=options | {'load_from': checkpoint},
-    )
+    options['load_from'] = checkpoint
+    floating = {f'default_hooks.gplq.{which}_bits': 32 for which in ('activation', 'weight')}
+    run_tool('train.py', GPLQ_CONFIG, '--work-dir', work / 'fp32_control', options=options | floating)
+    run_tool('train.py', GPLQ_CONFIG, '--work-dir', work / 'gplq', options=options)
+
     records = read_records(work / 'gplq')
     records['FP32']['minutes'] = minutes
     trained_on = list(read_records(work / 'fp32_control').values())[-1]
@@ -223,14 +217,16 @@ def main() -> None:
         Step('W4A4', 'gplq', 4, 4, records['W4A4']),
     ]
 
+    # The figures above are those of the hook; the pictures show what the saved checkpoints predict.
     predictions = {}
     for title, config, weights in (
         ('FP32', FP32_CONFIG, checkpoint),
         ('4 bit', GPLQ_CONFIG, Path(records['W4A4']['checkpoint'])),
     ):
-        prefix = work / title.replace(' ', '').lower()
-        run_tool('test.py', config, weights, data=data, options={'test_evaluator.outfile_prefix': prefix})
-        predictions[title] = Path(f'{prefix}.segm.json')
+        prefix = work / title.replace(' ', '_').lower()
+        options = {'data_root': data, 'test_evaluator.outfile_prefix': prefix}
+        run_tool('test.py', config, weights, '--work-dir', work / 'test', options=options)
+        predictions[title] = prefix.with_suffix('.segm.json')
     pictures = draw_pictures(work, data, predictions, args.pictures)
     write_rows(work / 'results.jsonl', steps, checkpoint, args.seed)
     print_table(steps)
