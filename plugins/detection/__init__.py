@@ -1,6 +1,7 @@
 """What detectors need: operators where mmcv has none compiled, and backbones for mmdet.
 
-Importing it puts the operators in place, so it comes before `mmcv.ops`; see `stand_in`.
+Importing it puts the operators in place, so it comes before `mmcv.ops` (see `stand_in`), and lets torch read
+mmengine's checkpoints (see `gplq.plugins.safe_load`), which mmdet's own programs do not see to.
 """
 
 import importlib.util
@@ -14,9 +15,12 @@ if _missing:
         "Install the extra, and mmcv-lite unless you have mmcv: pip install 'gplq[detection]' 'mmcv-lite<2.2'"
     )
 
+from gplq.plugins.safe_load import allow_mmengine_objects  # noqa: E402
+
 from .stand_in import install_operators  # noqa: E402
 
 install_operators()
+allow_mmengine_objects()
 
 from .layer_norm import LN2d  # noqa: E402
 from .simple_fpn import SimpleFPN  # noqa: E402
