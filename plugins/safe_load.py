@@ -1,5 +1,6 @@
 """Let torch's restricted unpickler read the checkpoints that mmengine writes."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,9 @@ def allow_mmengine_objects() -> None:
     of an mmengine training: the log's history travels in it. The guard itself stays on, and a checkpoint that
     holds any other object is still refused.
     """
+    numpy_2 = np.lib.NumpyVersion(np.__version__) >= '2.0.0'
     # numpy 2 moved the functions that rebuild arrays; files name the place of the numpy that wrote them.
-    multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
+    multiarray = importlib.import_module('numpy._core.multiarray' if numpy_2 else 'numpy.core.multiarray')
     rebuild = [
         (function, f'{package}.multiarray.{function.__name__}')
         for function in (multiarray._reconstruct, multiarray.scalar)

@@ -11,7 +11,7 @@ if importlib.util.find_spec('timm') is None:
     raise ImportError("TimmBackbone needs timm: pip install 'timm>=1.0'")
 
 import timm
-from timm.layers import Format
+from timm.layers.format import Format
 
 __all__ = ['TimmBackbone']
 
@@ -39,16 +39,17 @@ class TimmBackbone(BaseModule):
         if ':' not in model_name and not timm.is_model(model_name.split('.')[0]):
             near = timm.list_models(f'*{model_name.split("_")[0]}*')[:5]
             raise ValueError(f'TimmBackbone: timm {timm.__version__} has no model {model_name!r}; it has {near}')
-        self.model = timm.create_model(
+        model: Any = timm.create_model(
             model_name,
             pretrained=pretrained,
             features_only=True,
             out_indices=tuple(out_indices),
             **(model_args or {}),
         )
-        self.channels: list[int] = self.model.feature_info.channels()
+        self.model = model
+        self.channels: list[int] = model.feature_info.channels()
         # Swin and its kin give (N, H, W, C).
-        self.channels_last = self.model.output_fmt == Format.NHWC
+        self.channels_last = model.output_fmt == Format.NHWC
 
     def init_weights(self) -> None:
         # timm has initialized or loaded the model when it made it.
