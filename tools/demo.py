@@ -203,16 +203,20 @@ def main() -> None:
     checkpoint, minutes = train_fp32(work / 'fp32', scale.epochs, options)
 
     options['load_from'] = checkpoint
-    floating = {f'default_hooks.gplq.{which}_bits': 32 for which in ('activation', 'weight')}
+    floating = {
+        'default_hooks.gplq.weight_bits': 32,
+        'default_hooks.gplq.activation_bits': 32,
+        'default_hooks.gplq.validate_fp32': False,
+    }
     run_tool('train.py', GPLQ_CONFIG, '--work-dir', work / 'fp32_control', options=options | floating)
     run_tool('train.py', GPLQ_CONFIG, '--work-dir', work / 'gplq', options=options)
 
     records = read_records(work / 'gplq')
     records['FP32']['minutes'] = minutes
-    trained_on = list(read_records(work / 'fp32_control').values())[-1]
+    control = read_records(work / 'fp32_control')['FP32 control']
     steps = [
         Step('FP32', 'fp32', 32, 32, records['FP32']),
-        Step('FP32 control', 'fp32_control', 32, 32, trained_on),
+        Step('FP32 control', 'fp32_control', 32, 32, control),
         Step('W32A4', 'gplq', 32, 4, records['W32A4']),
         Step('W4A4', 'gplq', 4, 4, records['W4A4']),
     ]
