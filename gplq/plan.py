@@ -85,6 +85,14 @@ class Plan:
     blocks: tuple[str, ...] = ()
     multiheads: tuple[str, ...] = ()
 
+    def operands(self) -> dict[str, OperandPlan]:
+        """Every quantizer by name, as ``named_quantizers`` gives them."""
+        named = {f'{m.name}:{m.kind}': m.input for m in self.maps if m.input is not None}
+        for product in self.products:
+            for operand in (product.left, product.right):
+                named[f'{product.owner}:{product.index}:{operand.site}'] = operand
+        return named
+
     def with_signs(self, signs: dict[str, bool]) -> Plan:
         """The plan with the signs that calibration settled, by quantizer name (see ``named_quantizers``)."""
 

@@ -22,7 +22,7 @@ from gplq.plan import Plan
 from gplq.record import Stage, named_quantizers, record_of, weight_views
 from gplq.spec import FLOAT_BITS
 
-__all__ = ['describe', 'load', 'restore', 'save']
+__all__ = ['adopt', 'describe', 'load', 'restore', 'save']
 
 FORMAT = 'gplq-1'
 _PACKED = '.packed'
@@ -48,6 +48,55 @@ def restore(model: nn.Module, description: dict[str, str]) -> None:
     Raises:
         CheckpointError: if the description is damaged or names modules that the model lacks.
     """
+    stage, plan, compensated, corrected = _parse(description)
+    insert(model, plan)
+    for name in compensated:
+        block = model.get_submodule(name)
+        layer = LinearCompensation(_block_channels(model, name), plan.recipe.compensation_bits)
+        layer.input.enabled = True
+        attach_compensation(block, layer.to(_device(model)))
+    _enter_stage(model, stage, corrected)
+
+
+def adopt(model: nn.Module, description: dict[str, str]) -> None:
+    """Bring a prepared model to the stage of a checkpoint of the same recipe; tensors are loaded afterwards.
+
+    Raises:
+        CheckpointError: if the checkpoint was written under another recipe or for other sites.
+    """
+    record = record_of(model)
+    stage, plan, _, corrected = _parse(description)
+    ours, theirs = record.plan.recipe.to_dict(), plan.recipe.to_dict()
+    differing = sorted(key for key in ours if ours[key] != theirs[key])
+    if differing:
+        told = ', '.join(f'{key}: {theirs[key]} there, {ours[key]} here' for key in differing)
+        raise CheckpointError(f'the checkpoint was written under another recipe ({told})')
+    here = [(m.name, m.kind) for m in record.plan.maps] + [(p.owner, str(p.index)) for p in record.plan.products]
+    there = [(m.name, m.kind) for m in plan.maps] + [(p.owner, str(p.index)) for p in plan.products]
+    if here != there:
+        raise CheckpointError('the checkpoint quantizes other layers than this model: it is of another architecture')
+    record.plan = plan
+    operands = plan.operands()
+    for name, quantizer in named_quantizers(model):
+        quantizer.spec = operands[name].spec
+    _enter_stage(model, stage, corrected)
+
+
+def _enter_stage(model: nn.Module, stage: Stage, corrected: list[str]) -> None:
+    """Switch on what a model of this stage uses."""
+    record_of(model).stage = stage
+    for _, quantizer in named_quantizers(model):
+        quantizer.enabled = stage is not Stage.PREPARED
+        if stage is Stage.QUANTIZED:
+            quantizer.requires_grad_(False)
+    for _, view in weight_views(model):
+        view.map.corrected = view.name in corrected
+        if view.map.weight is not None:
+            view.map.weight.enabled = stage is Stage.QUANTIZED
+
+
+def _parse(description: dict[str, str]) -> tuple[Stage, Plan, list[str], list[str]]:
+    """Stage, plan, compensated blocks and corrected layers of a description that nobody vouches for."""
     found = description.get('format') if isinstance(description, dict) else None
     if found != FORMAT:
         raise CheckpointError(f"the file's format is {found!r:.40}, not {FORMAT!r}: it was not written by gplq.save")
@@ -59,27 +108,13 @@ def restore(model: nn.Module, description: dict[str, str]) -> None:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"the file's description is damaged: {error}") from None
-    if not isinstance(compensated, list) or not set(compensated) <= set(plan.blocks):
+    if not _names(compensated) or not set(compensated) <= set(plan.blocks) or not _names(corrected):
         raise CheckpointError(f'the file compensates {compensated!r:.80}, which its plan does not list as blocks')
-    insert(model, plan)
-    record = record_of(model)
-    record.stage = stage
-    for name in compensated:
-        block = model.get_submodule(name)
-        channels = _block_channels(model, name)
-        layer = LinearCompensation(channels, plan.recipe.compensation_bits)
-        layer.input.enabled = True
-        attach_compensation(block, layer.to(_device(model)))
-    if stage is not Stage.PREPARED:
-        for _, quantizer in named_quantizers(model):
-            quantizer.enabled = True
-    for _, view in weight_views(model):
-        view.map.corrected = isinstance(corrected, list) and view.name in corrected
-        if stage is Stage.QUANTIZED and view.map.weight is not None:
-            view.map.weight.enabled = True
-    if stage is Stage.QUANTIZED:
-        for _, quantizer in named_quantizers(model):
-            quantizer.requires_grad_(False)
+    return stage, plan, compensated, corrected
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _block_channels(model: nn.Module, block: str) -> int:
@@ -120,6 +155,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     os.close(handle)
     try:
         save_file(tensors, temporary, metadata=describe(model))
+        # A temporary file is its owner's alone; the result gets the rights of any new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

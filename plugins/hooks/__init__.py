@@ -1,1 +1,7 @@
 """Runner hooks: they say when, the core says what."""
+
+from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
+from gplq.plugins.hooks.gplq_hook import GPLQHook
+from gplq.plugins.hooks.weight_ptq_hook import WeightPTQHook
+
+__all__ = ['ActivationQATHook', 'GPLQHook', 'WeightPTQHook']

@@ -1,0 +1,228 @@
+"""GPLQ's activation stage inside a Runner."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import DataLoader
+
+from gplq.activation_stage import check_finite
+from gplq.calibrate import calibrate
+from gplq.errors import CheckpointError, StageError
+from gplq.plugins.hooks.checkpoints import check_keys, check_source
+from gplq.plugins.hooks.data import calibration_loader
+from gplq.plugins.hooks.model import PartForward, blank_forward, model_of, part_of, rewrap, whole_forward
+from gplq.plugins.hooks.progress import logged_progress
+from gplq.plugins.hooks.report import Report, evaluate
+from gplq.plugins.hooks.schedule import keep_schedule, table, take_over
+from gplq.plugins.hooks.settings import HookSettings
+from gplq.plugins.hooks.teacher import LabelFreeLoss, MimickingTerm, make_mimicking, resume_mimicking
+from gplq.plugins.safe_load import allow_mmengine_objects
+from gplq.prepare import prepare
+from gplq.record import Stage, is_prepared, record_of
+from gplq.serialization import adopt, describe, restore
+
+__all__ = ['ActivationQATHook']
+
+
+@HOOKS.register_module()
+class ActivationQATHook(Hook):
+    """Inserts quantizers, owns the schedule, calibrates, trains weights and scales together.
+
+    Its arguments are those of :meth:`HookSettings.from_config`. It comes before every hook that copies the model
+    (EMAHook), since parameters inserted later would be missing in the copy.
+    """
+
+    priority = 'ABOVE_NORMAL'
+
+    def __init__(self, *, settings: HookSettings | None = None, report: Report | None = None, **config: Any) -> None:
+        self.settings = settings or HookSettings.from_config(**config)
+        self.report = report or Report(self.settings)
+        self._attached = ExitStack()
+        self._last_validation: tuple[int, dict[str, float]] = (-1, {})
+        self._started = 0.0
+        self._iteration = 0
+
+    # When a run begins
+
+    def before_run(self, runner: Runner) -> None:
+        allow_mmengine_objects()
+        if not _trains(runner):
+            return
+        check_source(runner)
+        model = model_of(runner)
+        part_of(model, self.settings)
+        self._prepare(runner, model)
+        if self.settings.label_free:
+            model.requires_grad_(False)
+            part_of(model, self.settings).requires_grad_(True)
+        changes = (
+            keep_schedule(runner, self.settings) if self.settings.keep_schedule else take_over(runner, self.settings)
+        )
+        if not runner._resume and hasattr(model, '_is_init'):
+            # Every weight comes from load_from: initializing first would only take time, or download weights.
+            model._is_init = True
+            changes.append(('init_weights', 'run', 'skipped, load_from brings every weight'))
+        rewrap(runner)
+        runner.logger.info('GPLQ changed the schedule (keep_schedule=True leaves it alone):\n' + table(changes))
+
+    def _prepare(self, runner: Runner, model: nn.Module) -> None:
+        recipe = self.settings.recipe
+        if _inside_part(recipe.targets, self.settings.part):
+            plan = prepare(model, recipe, forward=blank_forward(model, self.settings))
+        else:
+            batch = next(iter(calibration_loader(runner, self.settings, 1)))
+            plan = prepare(model, recipe, forward=lambda m: whole_forward(m, batch))
+        runner.logger.info(
+            f'GPLQ {recipe.name}: {len(plan.maps)} layers and {len(plan.products)} attention products get quantizers'
+        )
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        model = model_of(runner)
+        description = (checkpoint.get('meta') or {}).get('gplq')
+        training = _trains(runner)
+        if description is None:
+            if training:
+                self._check_fp32(runner, model, checkpoint)
+            else:
+                runner.logger.info('GPLQ: the checkpoint holds no quantized model; it is run in FP32')
+        elif not is_prepared(model):
+            restore(model, description)
+        else:
+            adopt(model, description)
+            if training and not runner._resume:
+                raise CheckpointError(
+                    f'{runner._load_from} is quantized already ({record_of(model).stage.value}): resume it with '
+                    '--resume, test it, or start from the FP32 checkpoint'
+                )
+
+    def _check_fp32(self, runner: Runner, model: nn.Module, checkpoint: dict[str, Any]) -> None:
+        if runner._resume:
+            raise CheckpointError('the checkpoint to resume was not written by a run with this hook')
+        foreign = check_keys(model, checkpoint, str(runner._load_from))
+        if foreign:
+            runner.logger.warning(f'{runner._load_from}: {len(foreign)} tensors are not used, such as {foreign[:3]}')
+
+    # When training begins
+
+    def before_train(self, runner: Runner) -> None:
+        model = model_of(runner)
+        if runner._resume and runner.iter > 0:
+            if self.settings.recipe.quantizes and record_of(model).stage is not Stage.CALIBRATED:
+                raise StageError('the resumed checkpoint is not one of the activation stage')
+            self._attach(runner, model, resumed=True)
+            return
+        self._start(runner, model)
+        self._started = time.monotonic()
+
+    def _start(self, runner: Runner, model: nn.Module) -> None:
+        began = time.monotonic()
+        if self.settings.validate_fp32:
+            metrics = evaluate(runner)
+            self.report.add(runner, 'FP32', metrics, (time.monotonic() - began) / 60)
+        # The teacher is the FP32 model: it is copied before calibration evens out weights or switches scales on.
+        self._attach(runner, model, resumed=False)
+        if self.settings.recipe.quantizes:
+            calibrate(
+                model,
+                self.loader(runner, self.settings.recipe.calibration_samples),
+                forward=self.forward(model),
+                progress=logged_progress,
+            )
+        if not self.settings.trains:
+            runner.logger.warning('GPLQ: iterations=0, no activation stage: this is plain post-training quantization')
+
+    def loader(self, runner: Runner, samples: int) -> DataLoader:
+        """Calibration images; the same ones at every call."""
+        return calibration_loader(runner, self.settings, samples)
+
+    def forward(self, model: nn.Module) -> Any:
+        """What calibration runs: the part, or the whole model where targets reach beyond it."""
+        inside = _inside_part(self.settings.recipe.targets, self.settings.part)
+        return PartForward(self.settings.part) if inside else whole_forward
+
+    def _attach(self, runner: Runner, model: nn.Module, *, resumed: bool) -> None:
+        """Add the feature loss to the model's losses and watch that they stay finite."""
+        if self.settings.trains:
+            handle = model.register_forward_hook(self._guard, with_kwargs=True)
+            self._attached.callback(handle.remove)
+        if not self.settings.trains or self.settings.stage.mimicking_weight == 0:
+            return
+        if resumed:
+            mimicking = resume_mimicking(runner, self.settings)
+        else:
+            mimicking = make_mimicking(runner, self.settings, self.loader(runner, self.settings.stage.pca_samples))
+        self._attached.enter_context(mimicking.attached())
+        if self.settings.label_free:
+            model.loss = LabelFreeLoss(part_of(model, self.settings), mimicking)  # type: ignore[assignment]
+            self._attached.callback(model.__dict__.pop, 'loss')
+        else:
+            # Prepended, so that the guard sees the feature loss as well.
+            handle = model.register_forward_hook(MimickingTerm(mimicking), with_kwargs=True, prepend=True)
+            self._attached.callback(handle.remove)
+
+    # While it trains
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        self._iteration = runner.iter
+
+    def _guard(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Before the step is taken: losses that are not finite stop the run, weights are still good."""
+        if module.training and isinstance(output, dict):
+            total = sum(float(_total(value)) for name, value in output.items() if 'loss' in name)
+            check_finite(total, self._iteration)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        self._last_validation = (runner.iter, dict(metrics or {}))
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        model = model_of(runner)
+        if is_prepared(model):
+            checkpoint['meta']['gplq'] = describe(model)
+
+    # When it ends
+
+    def after_train(self, runner: Runner) -> None:
+        self._attached.close()
+        minutes = (time.monotonic() - self._started) / 60 if self._started else math.nan
+        recipe = self.settings.recipe
+        if recipe.quantizes and recipe.activation_bits == 32:
+            return
+        step = f'W32A{recipe.activation_bits}' if recipe.quantizes else 'FP32 control'
+        when, metrics = self._last_validation
+        if when != runner.iter or not self.settings.trains:
+            metrics = evaluate(runner)
+        self.report.add(runner, step, _numbers(metrics), minutes, checkpoint=_save(runner, step))
+
+
+def _save(runner: Runner, step: str) -> str:
+    name = f'gplq_{step.lower().replace(" ", "_")}.pth'
+    runner.save_checkpoint(
+        runner.work_dir, name, save_optimizer=False, save_param_scheduler=False, meta={'epoch': runner.epoch}
+    )
+    return str(Path(runner.work_dir) / name)
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
+
+
+def _total(value: Any) -> Any:
+    return sum(v.detach().mean() for v in value) if isinstance(value, (list, tuple)) else value.detach().mean()
+
+
+def _inside_part(targets: tuple[str, ...], part: str) -> bool:
+    return all(pattern == part or pattern.startswith(f'{part}.') for pattern in targets)
+
+
+def _trains(runner: Runner) -> bool:
+    """Whether this is `runner.train()`: a loop still described by a dict was not built."""
+    return runner._train_loop is not None and not isinstance(runner._train_loop, dict)

@@ -1,0 +1,101 @@
+"""Checkpoints that a run starts from: readable, harmless, of this architecture, loaded at all."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.runner import Runner
+from torch import nn
+
+from gplq.errors import CheckpointError
+from gplq.layers import LinearCompensation, LinearMap
+from gplq.plugins.safe_load import allow_mmengine_objects
+from gplq.products import QuantizedProduct
+
+__all__ = ['check_keys', 'check_source', 'read_checkpoint']
+
+REMEDY = "set load_from (or --cfg-options load_from=PATH) to the FP32 checkpoint of this config's model"
+
+
+def check_source(runner: Runner) -> None:
+    """Refuse a run that would start from random weights or from a file that cannot be read.
+
+    Raises:
+        CheckpointError: nothing will be loaded, or the file is missing, damaged or holds foreign objects.
+    """
+    if runner._resume:
+        return
+    path = runner._load_from
+    if not path:
+        raise CheckpointError(f'nothing is loaded into the model: GPLQ starts from a trained model; {REMEDY}')
+    if '://' not in str(path):
+        read_checkpoint(path)
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Read a checkpoint without executing anything in it; tensors stay on disk until they are used.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or holds foreign objects.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f'checkpoint {path} does not exist; {REMEDY}')
+    allow_mmengine_objects()
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition('Unsupported')[1] + str(error).partition('Unsupported')[2]
+        raise CheckpointError(
+            f'checkpoint {path} holds objects that are not data and was not read ({reason[:200] or error!s:.200}); '
+            'save it anew with nothing but its state_dict'
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(f'checkpoint {path} cannot be read, it may be truncated: {error!s:.200}') from None
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f'checkpoint {path} holds a {type(checkpoint).__name__}, not a state dict')
+    return checkpoint
+
+
+def check_keys(model: nn.Module, checkpoint: dict[str, Any], source: str) -> list[str]:
+    """Check that every FP32 tensor of the model comes from the checkpoint; mmengine loads with strict=False.
+
+    Returns:
+        Names in the checkpoint that the model lacks.
+
+    Raises:
+        CheckpointError: if tensors are missing, have another shape or are not finite.
+    """
+    state = checkpoint.get('state_dict', checkpoint)
+    state = {name.removeprefix('module.'): t for name, t in state.items() if isinstance(t, torch.Tensor)}
+    own = _own_prefixes(model)
+    expected = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(own) and not name.endswith('num_batches_tracked')
+    }
+    # Fixed tables that a constructor computes need not travel.
+    computed = {name for name, _ in model.named_buffers() if not name.endswith(('running_mean', 'running_var'))}
+    missing = sorted(set(expected) - set(state) - computed)
+    if missing:
+        raise CheckpointError(
+            f'{source} is not of this architecture: {len(missing)} of {len(expected)} tensors are missing, such as '
+            f'{missing[:3]}; {REMEDY}'
+        )
+    for name in sorted(set(expected) & set(state)):
+        if state[name].shape != expected[name].shape:
+            raise CheckpointError(
+                f'{source} is not of this architecture: {name} has shape {tuple(state[name].shape)}, the model '
+                f'needs {tuple(expected[name].shape)}; {REMEDY}'
+            )
+        if state[name].is_floating_point() and not bool(torch.isfinite(state[name]).all()):
+            raise CheckpointError(f'{source}: {name} holds NaN or infinite values; train or download it again')
+    return sorted(name for name in set(state) - set(expected) if not name.startswith(own))
+
+
+def _own_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of everything that quantization added to the model."""
+    own = (LinearMap, QuantizedProduct, LinearCompensation)
+    return tuple(f'{name}.' for name, module in model.named_modules() if isinstance(module, own)) or ('\0',)

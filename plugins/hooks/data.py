@@ -1,0 +1,56 @@
+"""Calibration data: training images as evaluation sees them, through a loader of their own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from mmengine.config import ConfigDict
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS, FUNCTIONS
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader, Subset
+
+from gplq.errors import CalibrationError
+from gplq.plugins.hooks.settings import HookSettings
+
+__all__ = ['calibration_loader']
+
+
+def calibration_loader(runner: Runner, settings: HookSettings, samples: int) -> DataLoader:
+    """A fixed choice of training images, through the validation pipeline where there is one.
+
+    The training loader itself is left alone: reading it would move its random state, and its augmentation would
+    make calibration random.
+
+    Raises:
+        CalibrationError: if the config has no training data, or it is empty.
+    """
+    config = runner.cfg.get('train_dataloader')
+    if config is None:
+        raise CalibrationError('the config has no train_dataloader to take calibration images from')
+    dataset_config = _innermost(copy.deepcopy(config['dataset']))
+    evaluation = runner.cfg.get('val_dataloader') or runner.cfg.get('test_dataloader')
+    if evaluation is not None and 'pipeline' in dataset_config:
+        dataset_config['pipeline'] = copy.deepcopy(_innermost(evaluation['dataset'])['pipeline'])
+    dataset = DATASETS.build(dataset_config)
+    if hasattr(dataset, 'full_init'):
+        dataset.full_init()
+    if len(dataset) == 0:
+        raise CalibrationError('the training data set is empty: there is nothing to calibrate on')
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed))
+    collate = config.get('collate_fn', None)
+    return DataLoader(
+        Subset(dataset, order[:samples].tolist()),
+        batch_size=settings.calibration_batch_size or int(config.get('batch_size', 1)),
+        collate_fn=pseudo_collate if collate is None else FUNCTIONS.get(dict(collate)['type']),
+        num_workers=0,
+    )
+
+
+def _innermost(config: Any) -> ConfigDict:
+    """The data set inside wrappers such as RepeatDataset or ConcatDataset."""
+    while 'dataset' in config or 'datasets' in config:
+        config = config['dataset'] if 'dataset' in config else config['datasets'][0]
+    return config

@@ -1,0 +1,59 @@
+"""Both stages in their order: the two lines of a user's config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
+from gplq.plugins.hooks.report import Report
+from gplq.plugins.hooks.settings import HookSettings
+from gplq.plugins.hooks.weight_ptq_hook import WeightPTQHook
+
+__all__ = ['GPLQHook']
+
+
+@HOOKS.register_module()
+class GPLQHook(Hook):
+    """Takes the FP32 model in `load_from` to low bits: activations first, weights later.
+
+    Example:
+        >>> default_hooks = dict(gplq=dict(type='gplq.plugins.GPLQHook', weight_bits=4, activation_bits=4))
+        >>> load_from = 'my_detector.pth'
+
+    Arguments are those of :meth:`gplq.plugins.hooks.settings.HookSettings.from_config`. With 32 bits for both it
+    trains the same schedule without quantizers: the control that tells quantization from further training.
+    """
+
+    priority = 'ABOVE_NORMAL'
+
+    def __init__(self, **config: Any) -> None:
+        settings = HookSettings.from_config(**config)
+        report = Report(settings)
+        self.activation_stage = ActivationQATHook(settings=settings, report=report)
+        self.weight_stage = WeightPTQHook(settings=settings, report=report)
+
+    def before_run(self, runner: Runner) -> None:
+        self.activation_stage.before_run(runner)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        self.activation_stage.after_load_checkpoint(runner, checkpoint)
+
+    def before_train(self, runner: Runner) -> None:
+        self.activation_stage.before_train(runner)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        self.activation_stage.before_train_iter(runner, batch_idx, data_batch)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        self.activation_stage.after_val_epoch(runner, metrics)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        self.activation_stage.before_save_checkpoint(runner, checkpoint)
+
+    def after_train(self, runner: Runner) -> None:
+        self.activation_stage.after_train(runner)
+        self.weight_stage.after_train(runner)

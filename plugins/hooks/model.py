@@ -1,0 +1,85 @@
+"""The model inside a Runner: reach it, run the part that is quantized, wrap it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import nn
+
+from gplq.batches import to_device
+from gplq.errors import TargetError
+from gplq.plugins.hooks.settings import HookSettings
+
+__all__ = ['PartForward', 'blank_forward', 'model_of', 'part_of', 'preprocess', 'rewrap', 'whole_forward']
+
+
+def model_of(runner: Runner) -> nn.Module:
+    """The user's model, without the wrapper of distributed training."""
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def rewrap(runner: Runner) -> None:
+    """Wrap the model anew, so that parameters inserted into it are synchronized as well."""
+    if is_model_wrapper(runner.model):
+        runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), runner.model.module)
+
+
+def part_of(model: nn.Module, settings: HookSettings) -> nn.Module:
+    """The part that is quantized by default, usually the backbone.
+
+    Raises:
+        TargetError: if the model has no such part.
+    """
+    part = getattr(model, settings.part, None)
+    if not isinstance(part, nn.Module):
+        children = [name for name, _ in model.named_children()]
+        raise TargetError(f'part={settings.part!r}: {type(model).__name__} has {children}; name one of these')
+    return part
+
+
+class PartForward:
+    """Runs the model's preprocessing and then one part on a batch of its data loader."""
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        return getattr(model, self.part)(preprocess(model, batch)['inputs'])
+
+
+def whole_forward(model: nn.Module, batch: Any) -> Any:
+    """Runs the whole model on a batch as training does, heads on ground truth included."""
+    return model(**preprocess(model, batch), mode='loss')
+
+
+def preprocess(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """A batch of a data loader as the model takes it: on its device, normalized, padded."""
+    device = next(model.parameters()).device
+    # Batch augmentations of training are left out: they draw random numbers.
+    data: dict[str, Any] = to_device(model.data_preprocessor(batch, False), device)  # type: ignore[operator]
+    return data
+
+
+def blank_forward(model: nn.Module, settings: HookSettings) -> Callable[[nn.Module], Any]:
+    """A run of the part on blank images, in the size that it was made for."""
+    part = part_of(model, settings)
+    height, width = settings.example_size or _native_size(part)
+    device = next(model.parameters()).device
+    channels = next((m.in_channels for m in part.modules() if isinstance(m, nn.Conv2d)), 3)
+    return lambda m: getattr(m, settings.part)(torch.zeros(1, channels, height, width, device=device))
+
+
+def _native_size(part: nn.Module) -> tuple[int, int]:
+    """`img_size` of the part or of a module in it, else 224."""
+    for module in part.modules():
+        for name in ('img_size', 'pretrain_img_size'):
+            size = getattr(module, name, None)
+            if isinstance(size, int):
+                return size, size
+            if isinstance(size, Sequence) and len(size) == 2 and all(isinstance(n, int) for n in size):
+                return int(size[0]), int(size[1])
+    return 224, 224

@@ -1,0 +1,78 @@
+"""One line a step in the log, and the same as data in the working directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.runner import Runner
+from torch import nn
+
+from gplq.plugins.hooks.model import model_of
+from gplq.plugins.hooks.settings import HookSettings
+from gplq.record import is_prepared, record_of
+from gplq.size import effective_bits, float_bytes, packed_model_bytes
+
+__all__ = ['Report', 'evaluate']
+
+FILE = 'gplq.json'
+
+
+def evaluate(runner: Runner) -> dict[str, float]:
+    """Metrics of the model as it is, through the validation loop's data and evaluator but none of its hooks.
+
+    Hooks would take the figures of an intermediate step for those of the training: the best checkpoint, early
+    stopping. Empty where the config validates nothing.
+    """
+    loop = runner.val_loop
+    if loop is None:
+        return {}
+    runner.model.eval()
+    with torch.no_grad():
+        for batch in loop.dataloader:
+            outputs = runner.model.val_step(batch)
+            loop.evaluator.process(data_samples=outputs, data_batch=batch)
+    metrics: dict[str, float] = loop.evaluator.evaluate(len(loop.dataloader.dataset))
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
+
+
+class Report:
+    """Collects the steps of a run; the file is rewritten after each."""
+
+    def __init__(self, settings: HookSettings) -> None:
+        self.settings = settings
+        self.steps: list[dict[str, Any]] = []
+
+    def add(self, runner: Runner, step: str, metrics: dict[str, float], minutes: float, **files: str) -> None:
+        """Log a step and keep it. Minutes are those that the step took."""
+        model = model_of(runner)
+        size = _sizes(model, self.settings, quantized=step.startswith('W') and 'A' in step)
+        shown = '  '.join(f'{name.rpartition("/")[2]} {value:.4f}' for name, value in metrics.items() if value >= 0)
+        runner.logger.info(
+            f'GPLQ {step}: {shown or "not validated"}  {size["backbone_bytes"] / 2**20:.2f} MiB backbone  '
+            f'{size["model_bytes"] / 2**20:.2f} MiB model  {minutes:.1f} min'
+        )
+        runner.visualizer.add_scalars({f'gplq/{step}/{n}': v for n, v in metrics.items()}, step=runner.iter)
+        self.steps.append({'step': step, 'metrics': metrics, 'minutes': minutes, **size, **files})
+        if is_main_process():
+            path = Path(runner.work_dir) / FILE
+            temporary = path.with_suffix('.tmp')
+            temporary.write_text(json.dumps(self.steps, indent=1))
+            os.replace(temporary, path)
+
+
+def _sizes(model: nn.Module, settings: HookSettings, *, quantized: bool) -> dict[str, Any]:
+    part = getattr(model, settings.part)
+    if not (quantized and is_prepared(model) and record_of(model).plan.maps):
+        return {'backbone_bytes': float_bytes(part), 'model_bytes': float_bytes(model), 'effective_bits': 32.0}
+    if settings.recipe.weight_bits == 32 or record_of(model).stage.value != 'quantized':
+        return {'backbone_bytes': float_bytes(part), 'model_bytes': float_bytes(model), 'effective_bits': 32.0}
+    return {
+        'backbone_bytes': packed_model_bytes(model, part),
+        'model_bytes': packed_model_bytes(model),
+        'effective_bits': effective_bits(model),
+    }

@@ -1,0 +1,122 @@
+"""Put the activation stage's schedule in place of the config's, and say what was changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.runner import IterBasedTrainLoop, Runner
+from torch import nn
+
+from gplq.activation_stage import parameter_groups, stage_iterations
+from gplq.errors import RecipeError
+from gplq.plugins.hooks.model import model_of
+from gplq.plugins.hooks.settings import HookSettings
+from gplq.record import named_quantizers
+
+__all__ = ['Change', 'keep_schedule', 'table', 'take_over']
+
+# Setting, value in the config, value now.
+Change = tuple[str, str, str]
+
+
+def take_over(runner: Runner, settings: HookSettings) -> list[Change]:
+    """Set length, optimizer, learning rates, constant schedule and drop-path of the activation stage.
+
+    Returns:
+        Every value that was changed.
+    """
+    changes = [_set_length(runner, settings)]
+    changes += _set_optimizer(runner, settings)
+    if runner.param_schedulers:
+        before = ', '.join(type(s).__name__ for s in _listed(runner.param_schedulers))
+        runner.param_schedulers = []
+        changes.append(('param_scheduler', before, 'constant'))
+    highest = _silence_drop_path(model_of(runner))
+    if highest:
+        changes.append(('drop_path', f'up to {highest:g}', '0'))
+    return changes
+
+
+def keep_schedule(runner: Runner, settings: HookSettings) -> list[Change]:
+    """Keep the config's schedule and give the scales a group of their own in its optimizer."""
+    optimizer = _wrapper(runner).optimizer
+    scales = [p for _, q in named_quantizers(model_of(runner)) for p in q.parameters()]
+    if scales:
+        optimizer.add_param_group({'params': scales, 'lr': settings.stage.scale_lr, 'weight_decay': 0.0})
+    if runner.param_schedulers is not None:
+        # Those that are there know nothing of the new group: a warm-up would drive it from its first factor to 1.
+        for group in optimizer.param_groups:
+            group.pop('initial_lr', None)
+        runner.param_schedulers = runner.build_param_scheduler(runner.cfg.param_scheduler)
+    return [('param_groups', 'config', f'+ 1 group of {len(scales)} scales and offsets')] if scales else []
+
+
+def table(changes: list[Change]) -> str:
+    """The changes as text."""
+    rows = [('setting', 'config', 'activation stage'), *changes]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _set_length(runner: Runner, settings: HookSettings) -> Change:
+    loop = runner.train_loop
+    epoch = len(loop.dataloader)
+    before = f'{loop.max_iters} iterations'
+    length = settings.iterations
+    if length is None:
+        length = stage_iterations(epoch, loop.max_iters, settings.minimum_iterations)
+    if isinstance(loop, IterBasedTrainLoop):
+        loop._max_iters = length
+        loop.val_interval = max(1, length)
+        loop.dynamic_milestones, loop.dynamic_intervals = [0], [loop.val_interval]
+    elif length % epoch == 0:
+        loop._max_epochs, loop._max_iters = length // epoch, length
+        loop.val_interval = max(1, length // epoch)
+        loop.dynamic_milestones, loop.dynamic_intervals = [0], [loop.val_interval]
+    else:
+        runner._train_loop = IterBasedTrainLoop(runner, loop.dataloader, max_iters=length, val_interval=max(1, length))
+        runner.log_processor.by_epoch = False
+    return 'length', before, f'{length} iterations ({length / epoch:.2f} epochs)'
+
+
+def _set_optimizer(runner: Runner, settings: HookSettings) -> list[Change]:
+    wrapper = _wrapper(runner)
+    old = wrapper.optimizer
+    stage = settings.stage
+    changes = [
+        ('optimizer', type(old).__name__, 'AdamW'),
+        ('lr', f'{old.defaults["lr"]:g}', f'{stage.lr:g}'),
+        ('weight_decay', f'{old.defaults.get("weight_decay", 0):g}', f'{stage.weight_decay:g}'),
+    ]
+    groups = parameter_groups(model_of(runner), stage)
+    wrapper.optimizer = torch.optim.AdamW(groups, lr=stage.lr, weight_decay=stage.weight_decay)
+    if wrapper.base_param_settings is not None:
+        wrapper.base_param_settings.update(wrapper.optimizer.defaults)
+    if len(groups) > 1:
+        changes.append(('lr of scales', '', f'{stage.scale_lr:g}'))
+    return [change for change in changes if change[1] != change[2]]
+
+
+def _wrapper(runner: Runner) -> OptimWrapper:
+    if isinstance(runner.optim_wrapper, OptimWrapperDict):
+        raise RecipeError('several optimizers (OptimWrapperDict) are not supported: use one optim_wrapper')
+    return runner.optim_wrapper
+
+
+def _silence_drop_path(model: nn.Module) -> float:
+    """Set every stochastic depth to 0 and return the highest that was there."""
+    highest = 0.0
+    for module in model.modules():
+        rate: Any = getattr(module, 'drop_prob', None)
+        if 'DropPath' in type(module).__name__ and isinstance(rate, float):
+            highest = max(highest, rate)
+            module.drop_prob = 0.0  # type: ignore[assignment]
+    return highest
+
+
+def _listed(schedulers: Any) -> list[Any]:
+    if isinstance(schedulers, dict):
+        return [s for group in schedulers.values() for s in group]
+    return list(schedulers)

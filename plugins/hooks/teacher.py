@@ -1,0 +1,97 @@
+"""The frozen FP32 twin of the quantized part and the PCA of its features, kept beside the checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.runner import Runner
+from torch import nn
+
+from gplq.errors import CheckpointError
+from gplq.mimicking import FeatureTap, Mimicking, MimickingLoss, fit_mimicking_loss
+from gplq.pca import PCABasis
+from gplq.plugins.hooks.checkpoints import read_checkpoint
+from gplq.plugins.hooks.model import model_of, part_of, preprocess
+from gplq.plugins.hooks.settings import HookSettings
+
+__all__ = ['LabelFreeLoss', 'MimickingTerm', 'make_mimicking', 'resume_mimicking']
+
+FILE = 'gplq_teacher.pth'
+
+
+def make_mimicking(runner: Runner, settings: HookSettings, loader: Iterable[Any]) -> Mimicking:
+    """Copy the part as it is now, fit the PCA of its outputs and keep both in the working directory."""
+    model = model_of(runner)
+    part = part_of(model, settings)
+    teacher = copy.deepcopy(part)
+    stage = settings.stage
+    loss = fit_mimicking_loss(
+        teacher,
+        FeatureTap(teacher, '', 'output'),
+        loader,
+        lambda twin, batch: twin(preprocess(model, batch)['inputs']),
+        explained_variance=stage.explained_variance,
+        rank=stage.rank,
+        reduction=stage.reduction,
+    )
+    for number, basis in enumerate(loss.bases):
+        runner.logger.info(
+            f'GPLQ mimicking: output {number}, {basis.rank} of {len(basis.mean)} directions '
+            f'explain {basis.explained:.1%}'
+        )
+    if is_main_process():
+        bases = [vars(basis) for basis in loss.bases]
+        torch.save({'state_dict': teacher.state_dict(), 'bases': bases}, Path(runner.work_dir) / FILE)
+    return Mimicking(part, teacher, loss, stage.mimicking_weight)
+
+
+def resume_mimicking(runner: Runner, settings: HookSettings) -> Mimicking:
+    """The twin and PCA of the run that is resumed; the checkpoint's own weights have moved on since.
+
+    Raises:
+        CheckpointError: if they are no longer there.
+    """
+    path = Path(runner.work_dir) / FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f'{path} is missing: it holds the FP32 teacher of the run to resume; start anew from the FP32 checkpoint'
+        )
+    kept = read_checkpoint(str(path))
+    part = part_of(model_of(runner), settings)
+    teacher = copy.deepcopy(part)
+    for module in teacher.modules():
+        if hasattr(module, 'enabled'):
+            module.enabled = False
+    teacher.load_state_dict(kept['state_dict'])
+    device = next(part.parameters()).device
+    loss = MimickingLoss([PCABasis(**basis) for basis in kept['bases']], settings.stage.reduction).to(device)
+    return Mimicking(part, teacher, loss, settings.stage.mimicking_weight)
+
+
+class MimickingTerm:
+    """Adds the feature loss to the losses that the model returns; a forward hook, so the model is not wrapped."""
+
+    def __init__(self, mimicking: Mimicking) -> None:
+        self.mimicking = mimicking
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if module.training and isinstance(output, dict) and 'loss_mimicking' not in output:
+            output = {**output, 'loss_mimicking': self.mimicking()}
+        return output
+
+
+class LabelFreeLoss:
+    """Stands in for the model's `loss`: runs the part alone, so heads and labels are never touched."""
+
+    def __init__(self, part: nn.Module, mimicking: Mimicking) -> None:
+        self.part = part
+        self.mimicking = mimicking
+
+    def __call__(self, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        self.part(inputs)
+        return {'loss_mimicking': self.mimicking()}

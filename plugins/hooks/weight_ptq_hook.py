@@ -1,0 +1,86 @@
+"""GPLQ's weight stage inside a Runner."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
+from gplq.plugins.hooks.model import model_of
+from gplq.plugins.hooks.progress import logged_progress
+from gplq.plugins.hooks.report import Report, evaluate
+from gplq.plugins.hooks.settings import HookSettings
+from gplq.serialization import save
+from gplq.weight_stage import quantize_weights
+
+__all__ = ['WeightPTQHook']
+
+
+@HOOKS.register_module()
+class WeightPTQHook(Hook):
+    """Rounds the weights once training is over, validates, saves a checkpoint and the packed artifact.
+
+    On its own it takes a checkpoint of the activation stage, or, said in the log, quantizes an FP32 model without
+    any training. Arguments are those of :meth:`HookSettings.from_config`.
+    """
+
+    # After the hooks that finish the training itself.
+    priority = 'VERY_LOW'
+
+    def __init__(self, *, settings: HookSettings | None = None, report: Report | None = None, **config: Any) -> None:
+        self.settings = settings or HookSettings.from_config(**{'iterations': 0, **config})
+        self.report = report or Report(self.settings)
+        self._activations = ActivationQATHook(settings=self.settings, report=self.report)
+        self._alone = settings is None
+
+    def before_run(self, runner: Runner) -> None:
+        if self._alone:
+            self._activations.before_run(runner)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        if self._alone:
+            self._activations.after_load_checkpoint(runner, checkpoint)
+
+    def before_train(self, runner: Runner) -> None:
+        if self._alone:
+            self._activations.before_train(runner)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        if self._alone:
+            self._activations.before_save_checkpoint(runner, checkpoint)
+
+    def after_train(self, runner: Runner) -> None:
+        if self._alone:
+            self._activations.after_train(runner)
+        recipe = self.settings.recipe
+        if recipe.weight_bits == 32:
+            return
+        model = model_of(runner)
+        began = time.monotonic()
+        quantize_weights(
+            model,
+            self._activations.loader(runner, recipe.calibration_samples),
+            forward=self._activations.forward(model),
+            progress=logged_progress,
+        )
+        minutes = (time.monotonic() - began) / 60
+        metrics = evaluate(runner)
+        step = f'W{recipe.weight_bits}A{recipe.activation_bits}'
+        name = f'gplq_{recipe.name}'
+        artifact, checkpoint = (Path(runner.work_dir) / f'{name}.{end}' for end in ('safetensors', 'pth'))
+        runner.save_checkpoint(
+            runner.work_dir,
+            checkpoint.name,
+            save_optimizer=False,
+            save_param_scheduler=False,
+            meta={'epoch': runner.epoch},
+        )
+        if is_main_process():
+            save(model, artifact)
+        self.report.add(runner, step, metrics, minutes, checkpoint=str(checkpoint), artifact=str(artifact))
