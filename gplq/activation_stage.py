@@ -22,6 +22,7 @@ from gplq.record import Stage, named_quantizers, record_of
 __all__ = [
     'ActivationStage',
     'check_finite',
+    'check_gradients',
     'feature_point',
     'parameter_groups',
     'stage_iterations',
@@ -105,6 +106,21 @@ def check_finite(loss: float, iteration: int) -> None:
         )
 
 
+def check_gradients(parameters: Iterable[Tensor], iteration: int) -> None:
+    """Stop before a step that would spoil the weights: a finite loss can have gradients that are not.
+
+    Raises:
+        TrainingError: if a gradient is NaN or infinite.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
+    if not math.isfinite(float(norm)):
+        raise TrainingError(
+            f'a gradient of iteration {iteration} is not finite: lower lr or scale_lr; '
+            'weights before this iteration are kept'
+        )
+
+
 def feature_point(model: nn.Module) -> tuple[str, Literal['input', 'output']]:
     """Where mimicked features are read: the input of the last classifier layer, else the model's output."""
     for plan in record_of(model).plan.maps:
@@ -167,6 +183,7 @@ def train_activations(
             check_finite(float(total.detach()), number)
             optimizer.zero_grad(set_to_none=True)
             total.backward()  # type: ignore[no-untyped-call]
+            check_gradients(model.parameters(), number)
             optimizer.step()
     for module, mode in modes.items():
         module.training = mode

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,12 +13,13 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gplq.activation_stage import check_finite
 from gplq.calibrate import calibrate
 from gplq.errors import CheckpointError, StageError
-from gplq.plugins.hooks.checkpoints import check_keys, check_source
+from gplq.plugins.hooks.average import adopt_average
+from gplq.plugins.hooks.checkpoints import check_keys, check_source, complete
 from gplq.plugins.hooks.data import calibration_loader
-from gplq.plugins.hooks.model import PartForward, blank_forward, model_of, part_of, rewrap, whole_forward
+from gplq.plugins.hooks.guard import StepGuard
+from gplq.plugins.hooks.model import PartForward, blank_forward, model_of, part_of, rewrap, synchronize, whole_forward
 from gplq.plugins.hooks.progress import logged_progress
 from gplq.plugins.hooks.report import Report, evaluate
 from gplq.plugins.hooks.schedule import keep_schedule, table, take_over
@@ -43,21 +43,24 @@ class ActivationQATHook(Hook):
 
     priority = 'ABOVE_NORMAL'
 
-    def __init__(self, *, settings: HookSettings | None = None, report: Report | None = None, **config: Any) -> None:
-        self.settings = settings or HookSettings.from_config(**config)
-        self.report = report or Report(self.settings)
+    def __init__(self, **config: Any) -> None:
+        self.settings = HookSettings.from_config(**config)
+        self.report = Report(self.settings)
         self._attached = ExitStack()
         self._last_validation: tuple[int, dict[str, float]] = (-1, {})
         self._started = 0.0
-        self._iteration = 0
+        self._done = False
 
     # When a run begins
 
     def before_run(self, runner: Runner) -> None:
         allow_mmengine_objects()
-        if not _trains(runner):
+        training = _trains(runner)
+        if self._done or runner._has_loaded and not training:
             return
-        check_source(runner)
+        check_source(runner, required=training)
+        if not training:
+            return
         model = model_of(runner)
         part_of(model, self.settings)
         self._prepare(runner, model)
@@ -67,10 +70,10 @@ class ActivationQATHook(Hook):
         changes = (
             keep_schedule(runner, self.settings) if self.settings.keep_schedule else take_over(runner, self.settings)
         )
-        if not runner._resume and hasattr(model, '_is_init'):
-            # Every weight comes from load_from: initializing first would only take time, or download weights.
-            model._is_init = True
-            changes.append(('init_weights', 'run', 'skipped, load_from brings every weight'))
+        if hasattr(model, 'init_weights'):
+            # Every weight comes from the checkpoint: initializing first would only take time, or download weights.
+            model.init_weights = _initialized_by_checkpoint
+            changes.append(('init_weights', 'run', 'skipped, the checkpoint brings every weight'))
         rewrap(runner)
         runner.logger.info('GPLQ changed the schedule (keep_schedule=True leaves it alone):\n' + table(changes))
 
@@ -94,36 +97,53 @@ class ActivationQATHook(Hook):
                 self._check_fp32(runner, model, checkpoint)
             else:
                 runner.logger.info('GPLQ: the checkpoint holds no quantized model; it is run in FP32')
-        elif not is_prepared(model):
-            restore(model, description)
-        else:
+            return
+        if is_prepared(model):
             adopt(model, description)
-            if training and not runner._resume:
-                raise CheckpointError(
-                    f'{runner._load_from} is quantized already ({record_of(model).stage.value}): resume it with '
-                    '--resume, test it, or start from the FP32 checkpoint'
-                )
+        else:
+            restore(model, description)
+        check_keys(model, checkpoint, _source(runner), quantized=True)
+        stage = record_of(model).stage
+        if not training:
+            return
+        if stage is Stage.QUANTIZED:
+            raise CheckpointError(
+                f'the weights in {_source(runner)} are quantized already: test it, or start from the FP32 checkpoint'
+            )
+        if self.settings.trains and not runner._resume:
+            raise CheckpointError(
+                f'{_source(runner)} has activation quantizers already ({stage.value}): go on with it by --resume, '
+                'quantize its weights by WeightPTQHook, or start from the FP32 checkpoint'
+            )
 
     def _check_fp32(self, runner: Runner, model: nn.Module, checkpoint: dict[str, Any]) -> None:
         if runner._resume:
             raise CheckpointError('the checkpoint to resume was not written by a run with this hook')
-        foreign = check_keys(model, checkpoint, str(runner._load_from))
+        foreign = check_keys(model, checkpoint, _source(runner))
         if foreign:
-            runner.logger.warning(f'{runner._load_from}: {len(foreign)} tensors are not used, such as {foreign[:3]}')
+            runner.logger.warning(f'{_source(runner)}: {len(foreign)} tensors are not used, such as {foreign[:3]}')
+        complete(model, checkpoint)
 
     # When training begins
 
     def before_train(self, runner: Runner) -> None:
         model = model_of(runner)
-        if runner._resume and runner.iter > 0:
+        model.__dict__.pop('init_weights', None)
+        if not runner._has_loaded:
+            raise CheckpointError(f'there is no checkpoint to resume in {runner.work_dir}: start without --resume')
+        if runner._resume:
             if self.settings.recipe.quantizes and record_of(model).stage is not Stage.CALIBRATED:
                 raise StageError('the resumed checkpoint is not one of the activation stage')
+            self.report.resume(runner)
             self._attach(runner, model, resumed=True)
-            return
-        self._start(runner, model)
+        else:
+            self._start(runner, model)
         self._started = time.monotonic()
 
     def _start(self, runner: Runner, model: nn.Module) -> None:
+        if record_of(model).stage is Stage.CALIBRATED:
+            runner.logger.info('GPLQ: the checkpoint brings calibrated activations')
+            return
         began = time.monotonic()
         if self.settings.validate_fp32:
             metrics = evaluate(runner)
@@ -137,6 +157,7 @@ class ActivationQATHook(Hook):
                 forward=self.forward(model),
                 progress=logged_progress,
             )
+            synchronize(model)
         if not self.settings.trains:
             runner.logger.warning('GPLQ: iterations=0, no activation stage: this is plain post-training quantization')
 
@@ -152,8 +173,7 @@ class ActivationQATHook(Hook):
     def _attach(self, runner: Runner, model: nn.Module, *, resumed: bool) -> None:
         """Add the feature loss to the model's losses and watch that they stay finite."""
         if self.settings.trains:
-            handle = model.register_forward_hook(self._guard, with_kwargs=True)
-            self._attached.callback(handle.remove)
+            self._attached.enter_context(StepGuard(runner).attached(model, runner.optim_wrapper.optimizer))
         if not self.settings.trains or self.settings.stage.mimicking_weight == 0:
             return
         if resumed:
@@ -171,15 +191,6 @@ class ActivationQATHook(Hook):
 
     # While it trains
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        self._iteration = runner.iter
-
-    def _guard(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Before the step is taken: losses that are not finite stop the run, weights are still good."""
-        if module.training and isinstance(output, dict):
-            total = sum(float(_total(value)) for name, value in output.items() if 'loss' in name)
-            check_finite(total, self._iteration)
-
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         self._last_validation = (runner.iter, dict(metrics or {}))
 
@@ -192,7 +203,9 @@ class ActivationQATHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         self._attached.close()
-        minutes = (time.monotonic() - self._started) / 60 if self._started else math.nan
+        self._done = True
+        minutes = (time.monotonic() - self._started) / 60
+        adopt_average(runner, trained=self.settings.trains)
         recipe = self.settings.recipe
         if recipe.quantizes and recipe.activation_bits == 32:
             return
@@ -215,8 +228,12 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
 
 
-def _total(value: Any) -> Any:
-    return sum(v.detach().mean() for v in value) if isinstance(value, (list, tuple)) else value.detach().mean()
+def _initialized_by_checkpoint() -> None:
+    """Stands in for the model's `init_weights` until the checkpoint is loaded."""
+
+
+def _source(runner: Runner) -> str:
+    return str(runner._load_from or 'the checkpoint')
 
 
 def _inside_part(targets: tuple[str, ...], part: str) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 from torch import nn
 
 from gplq.errors import CheckpointError
@@ -15,21 +16,29 @@ from gplq.layers import LinearCompensation, LinearMap
 from gplq.plugins.safe_load import allow_mmengine_objects
 from gplq.products import QuantizedProduct
 
-__all__ = ['check_keys', 'check_source', 'read_checkpoint']
+__all__ = ['check_keys', 'check_source', 'complete', 'read_checkpoint']
 
 REMEDY = "set load_from (or --cfg-options load_from=PATH) to the FP32 checkpoint of this config's model"
 
 
-def check_source(runner: Runner) -> None:
+def check_source(runner: Runner, *, required: bool = True) -> None:
     """Refuse a run that would start from random weights or from a file that cannot be read.
+
+    Args:
+        runner: before it loads.
+        required: whether a checkpoint must be loaded; a test may have been given its weights otherwise.
 
     Raises:
         CheckpointError: nothing will be loaded, or the file is missing, damaged or holds foreign objects.
     """
-    if runner._resume:
-        return
     path = runner._load_from
+    if runner._resume and not path:
+        path = find_latest_checkpoint(runner.work_dir)
+        if path is None:
+            raise CheckpointError(f'there is no checkpoint to resume in {runner.work_dir}: start without --resume')
     if not path:
+        if not required:
+            return
         raise CheckpointError(f'nothing is loaded into the model: GPLQ starts from a trained model; {REMEDY}')
     if '://' not in str(path):
         read_checkpoint(path)
@@ -45,7 +54,9 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         raise CheckpointError(f'checkpoint {path} does not exist; {REMEDY}')
     allow_mmengine_objects()
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        # Files from before torch 1.6 are no archives and cannot be mapped.
+        archive = zipfile.is_zipfile(path)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         reason = str(error).partition('Unsupported')[1] + str(error).partition('Unsupported')[2]
         raise CheckpointError(
@@ -59,8 +70,14 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return checkpoint
 
 
-def check_keys(model: nn.Module, checkpoint: dict[str, Any], source: str) -> list[str]:
-    """Check that every FP32 tensor of the model comes from the checkpoint; mmengine loads with strict=False.
+def check_keys(model: nn.Module, checkpoint: dict[str, Any], source: str, *, quantized: bool = False) -> list[str]:
+    """Check that every tensor of the model comes from the checkpoint; mmengine loads with strict=False.
+
+    Args:
+        model: prepared.
+        checkpoint: as it was read.
+        source: its name for messages.
+        quantized: whether it must bring what quantization added as well.
 
     Returns:
         Names in the checkpoint that the model lacks.
@@ -70,14 +87,15 @@ def check_keys(model: nn.Module, checkpoint: dict[str, Any], source: str) -> lis
     """
     state = checkpoint.get('state_dict', checkpoint)
     state = {name.removeprefix('module.'): t for name, t in state.items() if isinstance(t, torch.Tensor)}
-    own = _own_prefixes(model)
-    expected = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not name.startswith(own) and not name.endswith('num_batches_tracked')
+    own = () if quantized else _own_prefixes(model)
+    expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
+    # Fixed tables that a constructor computes, and counters of batches, need not travel.
+    added = _own_prefixes(model)
+    computed = {
+        name
+        for name, _ in model.named_buffers()
+        if not name.endswith(('running_mean', 'running_var')) and not name.startswith(added)
     }
-    # Fixed tables that a constructor computes need not travel.
-    computed = {name for name, _ in model.named_buffers() if not name.endswith(('running_mean', 'running_var'))}
     missing = sorted(set(expected) - set(state) - computed)
     if missing:
         raise CheckpointError(
@@ -93,6 +111,15 @@ def check_keys(model: nn.Module, checkpoint: dict[str, Any], source: str) -> lis
         if state[name].is_floating_point() and not bool(torch.isfinite(state[name]).all()):
             raise CheckpointError(f'{source}: {name} holds NaN or infinite values; train or download it again')
     return sorted(name for name in set(state) - set(expected) if not name.startswith(own))
+
+
+def complete(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Add what quantization brought along to an FP32 checkpoint: a strict load passes, a lax one logs nothing."""
+    state = checkpoint.get('state_dict', checkpoint)
+    own = _own_prefixes(model)
+    for name, tensor in model.state_dict().items():
+        if name.startswith(own):
+            state.setdefault(name, tensor.detach().clone())
 
 
 def _own_prefixes(model: nn.Module) -> tuple[str, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,13 +42,21 @@ def calibration_loader(runner: Runner, settings: HookSettings, samples: int) -> 
     if len(dataset) == 0:
         raise CalibrationError('the training data set is empty: there is nothing to calibrate on')
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed))
-    collate = config.get('collate_fn', None)
     return DataLoader(
         Subset(dataset, order[:samples].tolist()),
         batch_size=settings.calibration_batch_size or int(config.get('batch_size', 1)),
-        collate_fn=pseudo_collate if collate is None else FUNCTIONS.get(dict(collate)['type']),
+        collate_fn=_collate(config.get('collate_fn')),
         num_workers=0,
     )
+
+
+def _collate(config: Any) -> Callable[[Any], Any]:
+    """The function that makes batches, as mmengine's Runner builds it."""
+    if config is None or callable(config):
+        return config or pseudo_collate
+    options = dict(config)
+    function = options.pop('type')
+    return partial(FUNCTIONS.get(function) if isinstance(function, str) else function, **options)
 
 
 def _innermost(config: Any) -> ConfigDict:

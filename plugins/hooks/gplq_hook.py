@@ -9,8 +9,6 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
-from gplq.plugins.hooks.report import Report
-from gplq.plugins.hooks.settings import HookSettings
 from gplq.plugins.hooks.weight_ptq_hook import WeightPTQHook
 
 __all__ = ['GPLQHook']
@@ -31,10 +29,8 @@ class GPLQHook(Hook):
     priority = 'ABOVE_NORMAL'
 
     def __init__(self, **config: Any) -> None:
-        settings = HookSettings.from_config(**config)
-        report = Report(settings)
-        self.activation_stage = ActivationQATHook(settings=settings, report=report)
-        self.weight_stage = WeightPTQHook(settings=settings, report=report)
+        self.activation_stage = ActivationQATHook(**config)
+        self.weight_stage = WeightPTQHook(activations=self.activation_stage)
 
     def before_run(self, runner: Runner) -> None:
         self.activation_stage.before_run(runner)
@@ -44,9 +40,6 @@ class GPLQHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         self.activation_stage.before_train(runner)
-
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        self.activation_stage.before_train_iter(runner, batch_idx, data_batch)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         self.activation_stage.after_val_epoch(runner, metrics)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from mmengine.dist import broadcast
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
@@ -14,7 +15,16 @@ from gplq.batches import to_device
 from gplq.errors import TargetError
 from gplq.plugins.hooks.settings import HookSettings
 
-__all__ = ['PartForward', 'blank_forward', 'model_of', 'part_of', 'preprocess', 'rewrap', 'whole_forward']
+__all__ = [
+    'PartForward',
+    'blank_forward',
+    'model_of',
+    'part_of',
+    'preprocess',
+    'rewrap',
+    'synchronize',
+    'whole_forward',
+]
 
 
 def model_of(runner: Runner) -> nn.Module:
@@ -26,6 +36,12 @@ def rewrap(runner: Runner) -> None:
     """Wrap the model anew, so that parameters inserted into it are synchronized as well."""
     if is_model_wrapper(runner.model):
         runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), runner.model.module)
+
+
+def synchronize(model: nn.Module) -> None:
+    """Give every process the first one's values; each has calibrated on the same images, but on its own device."""
+    for tensor in model.state_dict().values():
+        broadcast(tensor)
 
 
 def part_of(model: nn.Module, settings: HookSettings) -> nn.Module:

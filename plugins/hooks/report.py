@@ -47,6 +47,12 @@ class Report:
         self.settings = settings
         self.steps: list[dict[str, Any]] = []
 
+    def resume(self, runner: Runner) -> None:
+        """Go on with the steps that the interrupted run reported."""
+        path = Path(runner.work_dir) / FILE
+        if path.is_file():
+            self.steps = json.loads(path.read_text())
+
     def add(self, runner: Runner, step: str, metrics: dict[str, float], minutes: float, **files: str) -> None:
         """Log a step and keep it. Minutes are those that the step took."""
         model = model_of(runner)

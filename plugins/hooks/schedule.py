@@ -47,8 +47,10 @@ def keep_schedule(runner: Runner, settings: HookSettings) -> list[Change]:
         optimizer.add_param_group({'params': scales, 'lr': settings.stage.scale_lr, 'weight_decay': 0.0})
     if runner.param_schedulers is not None:
         # Those that are there know nothing of the new group: a warm-up would drive it from its first factor to 1.
+        # They have scaled the other groups already, which must start from their own values again.
         for group in optimizer.param_groups:
-            group.pop('initial_lr', None)
+            for key in [key for key in group if key.startswith('initial_')]:
+                group[key.removeprefix('initial_')] = group.pop(key)
         runner.param_schedulers = runner.build_param_scheduler(runner.cfg.param_scheduler)
     return [('param_groups', 'config', f'+ 1 group of {len(scales)} scales and offsets')] if scales else []
 

@@ -28,7 +28,7 @@ def make_mimicking(runner: Runner, settings: HookSettings, loader: Iterable[Any]
     """Copy the part as it is now, fit the PCA of its outputs and keep both in the working directory."""
     model = model_of(runner)
     part = part_of(model, settings)
-    teacher = copy.deepcopy(part)
+    teacher = _twin(part)
     stage = settings.stage
     loss = fit_mimicking_loss(
         teacher,
@@ -63,14 +63,22 @@ def resume_mimicking(runner: Runner, settings: HookSettings) -> Mimicking:
         )
     kept = read_checkpoint(str(path))
     part = part_of(model_of(runner), settings)
-    teacher = copy.deepcopy(part)
+    teacher = _twin(part)
     for module in teacher.modules():
         if hasattr(module, 'enabled'):
-            module.enabled = False
+            module.enabled = False  # type: ignore[assignment]
     teacher.load_state_dict(kept['state_dict'])
     device = next(part.parameters()).device
     loss = MimickingLoss([PCABasis(**basis) for basis in kept['bases']], settings.stage.reduction).to(device)
     return Mimicking(part, teacher, loss, settings.stage.mimicking_weight)
+
+
+def _twin(part: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(part)
+    for module in twin.modules():
+        # mmengine's activation checkpointing replaces this method by a closure, which a copy shares.
+        module.__dict__.pop('forward', None)
+    return twin
 
 
 class MimickingTerm:

@@ -11,11 +11,11 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from gplq.errors import RecipeError
 from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
-from gplq.plugins.hooks.model import model_of
+from gplq.plugins.hooks.model import model_of, synchronize
 from gplq.plugins.hooks.progress import logged_progress
-from gplq.plugins.hooks.report import Report, evaluate
-from gplq.plugins.hooks.settings import HookSettings
+from gplq.plugins.hooks.report import evaluate
 from gplq.serialization import save
 from gplq.weight_stage import quantize_weights
 
@@ -30,18 +30,29 @@ class WeightPTQHook(Hook):
     any training. Arguments are those of :meth:`HookSettings.from_config`.
     """
 
-    # After the hooks that finish the training itself.
-    priority = 'VERY_LOW'
+    # After ActivationQATHook (40), whose work it finishes, and before EMAHook (50), which copies the model.
+    priority = 45
 
-    def __init__(self, *, settings: HookSettings | None = None, report: Report | None = None, **config: Any) -> None:
-        self.settings = settings or HookSettings.from_config(**{'iterations': 0, **config})
-        self.report = report or Report(self.settings)
-        self._activations = ActivationQATHook(settings=self.settings, report=self.report)
-        self._alone = settings is None
+    def __init__(self, *, activations: ActivationQATHook | None = None, **config: Any) -> None:
+        self._activations = activations or ActivationQATHook(**{'iterations': 0, **config})
+        self._alone = activations is None
 
     def before_run(self, runner: Runner) -> None:
+        others = [hook for hook in runner.hooks if isinstance(hook, ActivationQATHook)]
+        if self._alone and others:
+            self._join(others[0])
         if self._alone:
             self._activations.before_run(runner)
+
+    def _join(self, activations: ActivationQATHook) -> None:
+        """Take over from a hook of the config that does the activation stage."""
+        ours, theirs = self._activations.settings.recipe, activations.settings.recipe
+        if ours != theirs:
+            raise RecipeError(
+                f'WeightPTQHook ({ours.name}) and ActivationQATHook ({theirs.name}) are set up differently: '
+                'give both the same arguments, or use GPLQHook, which is both'
+            )
+        self._activations, self._alone = activations, False
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         if self._alone:
@@ -58,7 +69,7 @@ class WeightPTQHook(Hook):
     def after_train(self, runner: Runner) -> None:
         if self._alone:
             self._activations.after_train(runner)
-        recipe = self.settings.recipe
+        recipe = self._activations.settings.recipe
         if recipe.weight_bits == 32:
             return
         model = model_of(runner)
@@ -69,6 +80,7 @@ class WeightPTQHook(Hook):
             forward=self._activations.forward(model),
             progress=logged_progress,
         )
+        synchronize(model)
         minutes = (time.monotonic() - began) / 60
         metrics = evaluate(runner)
         step = f'W{recipe.weight_bits}A{recipe.activation_bits}'
@@ -83,4 +95,4 @@ class WeightPTQHook(Hook):
         )
         if is_main_process():
             save(model, artifact)
-        self.report.add(runner, step, metrics, minutes, checkpoint=str(checkpoint), artifact=str(artifact))
+        self._activations.report.add(runner, step, metrics, minutes, checkpoint=str(checkpoint), artifact=str(artifact))

@@ -1,0 +1,25 @@
+"""Averaged weights (EMAHook): once training is over they are the model."""
+
+from __future__ import annotations
+
+from mmengine.hooks import EMAHook
+from mmengine.runner import Runner
+
+__all__ = ['adopt_average']
+
+
+def adopt_average(runner: Runner, *, trained: bool) -> None:
+    """Put the averaged weights and scales into the model and retire the hooks that average.
+
+    They would otherwise put the average, whose weights nobody rounded, into the checkpoint of the weight stage.
+
+    Args:
+        runner: at the end of its training.
+        trained: False where no step was taken, so that there is no average yet.
+    """
+    averaging = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
+    for hook in averaging:
+        if trained:
+            hook._swap_ema_parameters()
+    # A new list: the runner is going through the old one.
+    runner._hooks = [hook for hook in runner.hooks if hook not in averaging]
