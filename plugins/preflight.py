@@ -72,9 +72,7 @@ def _datasets(node: Any) -> Iterator[dict]:
 def _listed(node: Any) -> list[dict]:
     if node is None:
         return []
-    return [
-        entry for entry in (node if isinstance(node, list | tuple) else [node]) if isinstance(entry, dict)
-    ]
+    return [entry for entry in (node if isinstance(node, list | tuple) else [node]) if isinstance(entry, dict)]
 
 
 def _initial_checkpoints(node: Any, place: str) -> Iterator[tuple[str, str]]:

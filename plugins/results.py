@@ -93,9 +93,7 @@ class ResultRow:
             self._require(name, isinstance(value, str) and value.strip() != '', 'give a text')
         self._require('variant', isinstance(self.variant, str), 'give a text, empty for none')
         self._require('scope', self.scope in SCOPES, f'one of {", ".join(SCOPES)}')
-        sha256 = isinstance(self.checkpoint_sha256, str) and re.fullmatch(
-            '[0-9a-f]{64}', self.checkpoint_sha256
-        )
+        sha256 = isinstance(self.checkpoint_sha256, str) and re.fullmatch('[0-9a-f]{64}', self.checkpoint_sha256)
         self._require('checkpoint_sha256', bool(sha256), 'give the 64 digits of file_sha256()')
         for name in ('weight_bits', 'activation_bits'):
             bits = getattr(self, name)
@@ -108,13 +106,9 @@ class ResultRow:
             self._require('value', 0 <= self.value <= 100, f'{self.metric} is a percentage')
         for name in ('effective_bits', 'minutes', 'peak_memory_mb'):
             number = getattr(self, name)
-            self._require(
-                name, number is None or (_is_finite(number) and number >= 0), 'give a number, or None'
-            )
+            self._require(name, number is None or (_is_finite(number) and number >= 0), 'give a number, or None')
         size = self.artifact_bytes
-        self._require(
-            'artifact_bytes', size is None or (_is_int(size) and size > 0), 'give a number, or None'
-        )
+        self._require('artifact_bytes', size is None or (_is_int(size) and size > 0), 'give a number, or None')
         texts = isinstance(self.versions, dict) and all(
             isinstance(k, str) and isinstance(v, str) for k, v in self.versions.items()
         )
@@ -189,9 +183,7 @@ def commit() -> str:
     here = Path(__file__).resolve()
 
     def git(*args: str) -> str:
-        done = subprocess.run(
-            ['git', '-C', str(here.parent), *args], capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(['git', '-C', str(here.parent), *args], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:

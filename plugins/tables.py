@@ -42,9 +42,7 @@ def fill_tables(text: str, root: Path) -> str:
         path, *options = shlex.split(match['options'])
         settings = dict(option.split('=', 1) for option in options if '=' in option)
         if len(settings) != len(options) or 'metrics' not in settings:
-            raise ResultError(
-                f'table of {path}: write <!-- table: FILE metrics=A,B field=value -->, not {options}'
-            )
+            raise ResultError(f'table of {path}: write <!-- table: FILE metrics=A,B field=value -->, not {options}')
         metrics = settings.pop('metrics').split(',')
         also = settings.pop('also').split(',') if 'also' in settings else []
         if foreign := sorted(set(settings) - FIELDS) + sorted(set(also) - set(EXTRA)):
@@ -90,9 +88,7 @@ def render_table(rows: Iterable[ResultRow], metrics: Sequence[str], also: Sequen
         figures = groups[key]
         line = ([model] if models else []) + [method] + ([variant] if variants else [])
         line.append('FP32' if weight_bits == activation_bits == 32 else f'W{weight_bits}A{activation_bits}')
-        line += [
-            _mean([r.value for r in figures.get(metric, {}).values()], _digits(metric)) for metric in metrics
-        ]
+        line += [_mean([r.value for r in figures.get(metric, {}).values()], _digits(metric)) for metric in metrics]
         runs = {row.seed: row for of_metric in figures.values() for row in of_metric.values()}
         for name in also:
             _, form, unit = EXTRA[name]

@@ -76,9 +76,7 @@ def match_images(truth: COCO, results: list[dict[str, Any]], iou_type: str = 'bb
     if iou_type not in ('bbox', 'segm'):
         raise ValueError(f"bootstrap: no iou_type {iou_type!r}; 'bbox' or 'segm'")
     if foreign := {r['image_id'] for r in results} - set(truth.getImgIds()):
-        raise ValueError(
-            f'bootstrap: predictions for images that are not annotated, such as id {min(foreign)}'
-        )
+        raise ValueError(f'bootstrap: predictions for images that are not annotated, such as id {min(foreign)}')
     with contextlib.redirect_stdout(io.StringIO()):
         # loadRes takes no empty list.
         detections = truth.loadRes(results) if results else COCO()
@@ -102,9 +100,7 @@ def _category(matches: list[dict[str, Any] | None], thresholds: int) -> _Categor
     for index, match in known:
         objects[index] = np.count_nonzero(np.asarray(match['gtIgnore']) == 0)
     scores = np.concatenate([np.asarray(m['dtScores'], dtype=float) for _, m in known] or [np.empty(0)])
-    image = np.concatenate([np.full(len(m['dtScores']), i) for i, m in known] or [np.empty(0)]).astype(
-        np.int64
-    )
+    image = np.concatenate([np.full(len(m['dtScores']), i) for i, m in known] or [np.empty(0)]).astype(np.int64)
     nothing = np.empty((thresholds, 0))
     matched = np.concatenate([m['dtMatches'] for _, m in known] or [nothing], axis=1) > 0
     ignored = np.concatenate([m['dtIgnore'] for _, m in known] or [nothing], axis=1) > 0

@@ -65,11 +65,7 @@ def softnms(
         dets[len(kept), 4] = scores[best]
         kept.append(best)
         alive[best] = False
-        corner = (
-            torch.minimum(boxes[:, 2:], boxes[best, 2:])
-            - torch.maximum(boxes[:, :2], boxes[best, :2])
-            + offset
-        )
+        corner = torch.minimum(boxes[:, 2:], boxes[best, 2:]) - torch.maximum(boxes[:, :2], boxes[best, :2]) + offset
         overlap = corner.clamp(min=0).prod(dim=1)
         iou = overlap / (area + area[best] - overlap)
         if method == 2:
@@ -96,9 +92,7 @@ def roi_align_forward(
 ) -> None:
     """Average bilinear samples in each bin of each region into `output` (K, C, height, width)."""
     if pool_mode != 1:
-        raise NotImplementedError(
-            "RoIAlign with pool_mode='max' needs mmcv's compiled operators; 'avg' does not"
-        )
+        raise NotImplementedError("RoIAlign with pool_mode='max' needs mmcv's compiled operators; 'avg' does not")
     features = _computable(input)
     output.copy_(
         torch.ops.torchvision.roi_align(
@@ -330,9 +324,7 @@ def ms_deform_attn_forward(
     # Not at the top: importing mmcv.ops needs this module's functions in place.
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
-    return multi_scale_deformable_attn_pytorch(
-        value, value_spatial_shapes, sampling_locations, attention_weights
-    )
+    return multi_scale_deformable_attn_pytorch(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
 def ms_deform_attn_backward(
@@ -349,9 +341,7 @@ def ms_deform_attn_backward(
 ) -> None:
     """Fill the gradients of `ms_deform_attn_forward`, which is computed once more."""
     with torch.enable_grad():
-        leaves = [
-            tensor.detach().requires_grad_() for tensor in (value, sampling_locations, attention_weights)
-        ]
+        leaves = [tensor.detach().requires_grad_() for tensor in (value, sampling_locations, attention_weights)]
         output = ms_deform_attn_forward(
             leaves[0], value_spatial_shapes, value_level_start_index, leaves[1], leaves[2], im2col_step
         )

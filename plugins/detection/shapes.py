@@ -43,9 +43,7 @@ class ShapesSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.min_objects <= self.max_objects:
-            raise ValueError(
-                f'shapes: {self.min_objects} to {self.max_objects} objects an image: no range from 1 up'
-            )
+            raise ValueError(f'shapes: {self.min_objects} to {self.max_objects} objects an image: no range from 1 up')
         if not 4 <= self.min_radius <= self.max_radius <= self.size // 2:
             raise ValueError(
                 f'shapes: radii of {self.min_radius} to {self.max_radius} pixels do not fit images of '
@@ -141,9 +139,7 @@ def _place(rng: np.random.Generator, label: int, settings: ShapesSettings) -> ND
     angle, aspect = rng.uniform(0, 2 * math.pi), rng.uniform(0.65, 1)
     center = rng.uniform(0, settings.size, size=2)
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    contours = [
-        np.rint((c @ turn + center) * SUBPIXEL).astype(np.int64) for c in _contours(label, radius, aspect)
-    ]
+    contours = [np.rint((c @ turn + center) * SUBPIXEL).astype(np.int64) for c in _contours(label, radius, aspect)]
     # A margin of the largest radius on all sides tells how much of the shape the border cuts off.
     margin = settings.max_radius + 1
     canvas = _rasterize([c + margin * SUBPIXEL for c in contours], settings.size + 2 * margin)

@@ -33,9 +33,7 @@ class SimpleFPN(BaseModule):
     ) -> None:
         super().__init__(init_cfg=init_cfg)
         if num_outs < len(scales):
-            raise ValueError(
-                f'SimpleFPN: num_outs={num_outs} is less than the number of scales {tuple(scales)}'
-            )
+            raise ValueError(f'SimpleFPN: num_outs={num_outs} is less than the number of scales {tuple(scales)}')
         norm_cfg = dict(type=LN2d) if norm_cfg is None else norm_cfg
         self.num_extra = num_outs - len(scales)
         self.lateral_convs = nn.ModuleList()
@@ -45,9 +43,7 @@ class SimpleFPN(BaseModule):
             # `fpn1`, `fpn2`, ... are the names in the published checkpoints.
             self.add_module(f'fpn{index + 1}', resample)
             self.lateral_convs.append(ConvModule(channels, out_channels, 1, norm_cfg=norm_cfg, act_cfg=None))
-            self.fpn_convs.append(
-                ConvModule(out_channels, out_channels, 3, padding=1, norm_cfg=norm_cfg, act_cfg=None)
-            )
+            self.fpn_convs.append(ConvModule(out_channels, out_channels, 3, padding=1, norm_cfg=norm_cfg, act_cfg=None))
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if len(inputs) != 1:
