@@ -1,0 +1,168 @@
+"""A run from end to end: the steps it reports, the files it leaves, what they give back."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+import gplq
+from gplq.record import Stage, is_prepared, named_quantizers, record_of, weight_views
+
+Train = Callable[..., Runner]
+Steps = Callable[[Runner], list[dict[str, Any]]]
+
+
+def measured(runner: Runner) -> dict[str, float]:
+    """Metrics of a test through mmengine's own loop."""
+    return {name: float(value) for name, value in runner.test().items()}
+
+
+def test_each_step_is_a_line_of_the_log_and_a_record(
+    train: Train, steps_of: Steps, log_of: Callable[[Runner], str]
+) -> None:
+    runner = train()
+    steps = steps_of(runner)
+    assert [step['step'] for step in steps] == ['FP32', 'W32A4', 'W4A4']
+    lines = re.findall(r'GPLQ (\S+): accuracy ([\d.]+)  ([\d.]+) MiB backbone  ([\d.]+) MiB model', log_of(runner))
+    assert [line[0] for line in lines] == ['FP32', 'W32A4', 'W4A4']
+    assert [float(line[1]) for line in lines] == [round(s['metrics']['toy/accuracy'], 4) for s in steps]
+    assert steps[0]['metrics']['toy/accuracy'] >= 0.75, 'the toy is worth quantizing'
+    assert steps[0]['effective_bits'] == steps[1]['effective_bits'] == 32
+    assert 4 < steps[2]['effective_bits'] < 8, 'the patch embedding has 8 bits, the rest 4'
+    assert steps[2]['backbone_bytes'] < steps[1]['backbone_bytes'] / 2
+    assert len({step['metrics']['toy/fingerprint'] for step in steps}) == 3
+    for step in steps[1:]:
+        assert Path(step['checkpoint']).is_file()
+    assert Path(steps[2]['artifact']).is_file()
+
+
+def test_fp32_step_is_the_checkpoint(
+    train: Train, steps_of: Steps, make_config: Callable[..., Config], checkpoint: Path
+) -> None:
+    runner = train(iterations=1)
+    config = make_config('plain')
+    config.default_hooks.pop('gplq')
+    plain = Runner.from_cfg(config)
+    assert measured(plain) == pytest.approx(steps_of(runner)[0]['metrics'])
+
+
+@pytest.mark.parametrize(('step', 'stage'), [(1, Stage.CALIBRATED), (2, Stage.QUANTIZED)])
+def test_a_test_rebuilds_the_model_from_the_checkpoint_alone(
+    step: int, stage: Stage, train: Train, steps_of: Steps, make_config: Callable[..., Config]
+) -> None:
+    reported = steps_of(train())[step]
+    # The hook's own arguments play no part: 8 bits are set up here.
+    config = make_config('test', weight_bits=8, activation_bits=8)
+    config.load_from = reported['checkpoint']
+    runner = Runner.from_cfg(config)
+    assert measured(runner) == reported['metrics']
+    assert record_of(runner.model).stage is stage
+    assert record_of(runner.model).plan.recipe.name == 'w4a4'
+
+
+def test_the_artifact_equals_the_checkpoint(train: Train, steps_of: Steps, toy: ModuleType) -> None:
+    runner = train()
+    torch.manual_seed(5)
+    model = toy.ToyClassifier().eval()
+    gplq.load(model, steps_of(runner)[2]['artifact'])
+    images = toy.ToyImages(length=8, seed=1).images
+    runner.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(images), runner.model.logits(images), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_have_few_values_after_the_weight_stage(train: Train) -> None:
+    model = train().model
+    for plan, view in weight_views(model):
+        codes = view.map.weight.codes(view.matrix(), view.map.column_scale.expand(view.matrix().shape[1]))
+        values = view.map.weight.restore(codes, view.map.column_scale.expand(view.matrix().shape[1]))
+        assert codes.unique().numel() <= 2**plan.weight_bits
+        torch.testing.assert_close(values, view.matrix(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_checkpoint_names_its_recipe(train: Train, steps_of: Steps) -> None:
+    saved = torch.load(steps_of(train())[2]['checkpoint'], weights_only=True)
+    plan = json.loads(saved['meta']['gplq']['plan'])
+    assert (plan['recipe']['weight_bits'], plan['recipe']['activation_bits']) == (4, 4)
+    assert saved['meta']['gplq']['stage'] == 'quantized'
+
+
+def test_test_follows_training_in_the_same_runner(train: Train, steps_of: Steps) -> None:
+    runner = train()
+    assert measured(runner) == steps_of(runner)[2]['metrics']
+
+
+def test_without_iterations_it_is_plain_post_training_quantization(
+    train: Train, steps_of: Steps, log_of: Callable[[Runner], str], checkpoint: Path
+) -> None:
+    runner = train(iterations=0)
+    assert [step['step'] for step in steps_of(runner)] == ['FP32', 'W32A4', 'W4A4']
+    assert 'this is plain post-training quantization' in log_of(runner)
+    head = torch.load(checkpoint, weights_only=True)['state_dict']['head.weight']
+    assert torch.equal(runner.model.head.weight, head)
+
+
+def test_32_bits_are_the_control(train: Train, steps_of: Steps, checkpoint: Path) -> None:
+    control = train('control', weight_bits=32, activation_bits=32)
+    steps = steps_of(control)
+    assert [step['step'] for step in steps] == ['FP32', 'FP32 control']
+    assert not list(named_quantizers(control.model)) and not list(weight_views(control.model))
+    # Nothing is quantized, so the student is its teacher at first and the loss of the features starts at zero.
+    assert set(control.model.state_dict()) == set(torch.load(checkpoint, weights_only=True)['state_dict'])
+    assert steps[1]['metrics'] != steps[0]['metrics']
+    assert is_prepared(control.model)
+
+
+def test_activations_alone_and_weights_alone(train: Train, steps_of: Steps) -> None:
+    assert [s['step'] for s in steps_of(train('a', weight_bits=32))] == ['FP32', 'W32A4']
+    assert [s['step'] for s in steps_of(train('w', activation_bits=32))] == ['FP32', 'W4A32']
+
+
+def test_the_parts_do_what_the_whole_does(train: Train, steps_of: Steps) -> None:
+    whole = steps_of(train('whole'))
+
+    def both(config: Config) -> None:
+        options = dict(config.default_hooks.pop('gplq'), _delete_=None)
+        options.pop('_delete_')
+        # The order in the config must not matter.
+        config.default_hooks.weights = dict(options, type='gplq.plugins.WeightPTQHook')
+        config.default_hooks.activations = dict(options, type='gplq.plugins.ActivationQATHook')
+
+    together = train('together', change=both)
+    assert [s['metrics'] for s in steps_of(together)] == [s['metrics'] for s in whole]
+
+    def only(kind: str, load_from: str | None = None) -> Callable[[Config], None]:
+        def change(config: Config) -> None:
+            config.default_hooks.gplq.type = f'gplq.plugins.{kind}'
+            config.load_from = load_from or config.load_from
+            if load_from:
+                config.default_hooks.gplq.iterations = 0
+
+        return change
+
+    first = train('first', change=only('ActivationQATHook'))
+    assert [s['step'] for s in steps_of(first)] == ['FP32', 'W32A4']
+    second = train('second', change=only('WeightPTQHook', steps_of(first)[1]['checkpoint']))
+    assert [s['step'] for s in steps_of(second)] == ['W32A4', 'W4A4']
+    assert steps_of(second)[1]['metrics'] == whole[2]['metrics']
+
+
+def test_weight_hook_alone_quantizes_an_fp32_model(
+    train: Train, steps_of: Steps, log_of: Callable[[Runner], str]
+) -> None:
+    def only_weights(config: Config) -> None:
+        config.default_hooks.gplq.type = 'gplq.plugins.WeightPTQHook'
+        config.default_hooks.gplq.pop('iterations')
+
+    runner = train(change=only_weights)
+    assert [step['step'] for step in steps_of(runner)] == ['FP32', 'W32A4', 'W4A4']
+    assert 'plain post-training quantization' in log_of(runner)
