@@ -22,7 +22,7 @@ from gplq.record import is_prepared
 from gplq.spec import FLOAT_BITS, Granularity, QuantizerSpec
 from gplq.swap import swap_class
 from gplq.targets import match_names
-from gplq.trace import LinearCall, ProductCall, Trace, evaluating, trace_forward
+from gplq.trace import LinearCall, ProductCall, SoftmaxCall, Trace, evaluating, trace_forward
 
 __all__ = ['prepare']
 
@@ -183,9 +183,10 @@ class _Planner:
     def _maps(self) -> list[MapPlan]:
         calls: dict[str, list[LinearCall]] = defaultdict(list)
         for call in self.trace.linears:
-            # A decomposed attention multiplies by thirds of its weight, which are no parameters themselves.
-            taken_apart = not call.layer and call.owner in self.targets.multiheads
-            calls[call.owner if taken_apart else call.layer].append(call)
+            # A decomposed attention multiplies by thirds of its weight, which are no parameters themselves; a
+            # layer may standardize its weight on the fly.
+            computed = not call.layer and call.owner in self.targets.layers
+            calls[call.owner if computed else call.layer].append(call)
         shared = self._shared_weights()
         maps: list[MapPlan] = []
         for name, made in calls.items():
@@ -236,6 +237,8 @@ class _Planner:
             return 'its input follows from parameters alone, so its output can be computed once'
         if name in shared:
             return f'weight shared with {shared[name]}'
+        if not isinstance(module, nn.MultiheadAttention) and any(not call.layer for call in made):
+            return 'its weight is computed on the fly, not a parameter'
         if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
             return None if _same_as_linear(module) else 'its class changes what a Linear computes'
         if isinstance(module, nn.Conv2d) and type(module)._conv_forward is not nn.Conv2d._conv_forward:
@@ -303,14 +306,26 @@ class _Planner:
         """QK has the softmax's size and goes into it; PV reads what comes out (DESIGN: attention by interception)."""
         roles: dict[int, _Role] = {}
         for number, softmax in enumerate(self.trace.softmaxes):
-            for index in softmax.products:
-                call = self.trace.products[index]
-                if call.output_numel == softmax.numel and not call.constant:
-                    roles[index] = _Role('query_key')
+            near = self._products_before(softmax)
+            fitting = [i for i in near if self.trace.products[i].output_numel == softmax.numel]
+            # A pooling attention's query is learned, so its only product has a constant side; where there is
+            # another, the constant one is a relative position.
+            for index in [i for i in fitting if not self.trace.products[i].constant] or fitting:
+                roles[index] = _Role('query_key')
             for index, call in enumerate(self.trace.products):
                 if number in call.left_softmaxes | call.right_softmaxes and not call.constant:
                     roles[index] = _Role('attention_value', number in call.right_softmaxes)
         return roles
+
+    def _products_before(self, softmax: SoftmaxCall) -> list[int]:
+        """Products that went into a softmax within the same attention, not by way of earlier blocks."""
+        running = set(softmax.stack)
+
+        def near(call: ProductCall) -> bool:
+            # The module itself, or its parent where a product is a module of its own.
+            return call.stack[-1:] == ('',) or any(name in running for name in call.stack[-2:] if name)
+
+        return [index for index in sorted(softmax.products) if near(self.trace.products[index])]
 
     def _owners(self, roles: dict[int, _Role]) -> list[OwnerPlan]:
         """Modules whose forward must be watched, with the products each one's mode will count."""
@@ -353,7 +368,7 @@ class _Planner:
             role = roles.get(index)
             name = call.stack[-1] if call.stack else ''
             reason = None
-            if call.constant:
+            if call.constant and role is None:
                 reason = 'one operand follows from parameters alone, such as relative positions'
             elif role is None:
                 reason = 'neither feeds a softmax nor reads one'
@@ -394,6 +409,9 @@ class _Planner:
             name = softmax.stack[-1] if softmax.stack else ''
             reads = any(number in (c.left_softmaxes | c.right_softmaxes) for c in self.trace.products)
             feeds = any(roles.get(i, _Role('')).kind == 'query_key' for i in softmax.products)
+            if not self._products_before(softmax) and softmax.layers:
+                # Outlook and factorized attention: the map comes straight from a layer, there is no such product.
+                feeds = reads
             if reads != feeds and self.targets.covers(name):
                 missing = 'query-key' if reads else 'attention-value'
                 raise ProductError(

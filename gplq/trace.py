@@ -92,11 +92,12 @@ class ProductCall:
 
 @dataclass(frozen=True)
 class SoftmaxCall:
-    """A softmax over something that depends on the input; ``products`` lists the products it came from."""
+    """A softmax over something that depends on the input; ``products`` and ``layers`` list what it came from."""
 
     stack: tuple[str, ...]
     numel: int
     products: frozenset[int]
+    layers: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -241,7 +242,7 @@ class _Tracer(TorchFunctionMode):
             self._mark(output, tag)
             return
         index = len(self.trace.softmaxes)
-        self.trace.softmaxes.append(SoftmaxCall(tuple(self._running), x.numel(), tag.products))
+        self.trace.softmaxes.append(SoftmaxCall(tuple(self._running), x.numel(), tag.products, tag.layers))
         self._mark(output, _Tag(softmaxes=frozenset({index})))
 
     def _product(self, func: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:

@@ -64,4 +64,5 @@ class CompensatedBlock(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        return y + self.compensation(x)
+        compensation: Tensor = self.compensation(x)
+        return y + compensation

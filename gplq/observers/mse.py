@@ -19,7 +19,7 @@ class MSEObserver(Observer):
     def __init__(self, candidates: int = 40, smallest: float = 0.2, limit: int = 16384) -> None:
         super().__init__()
         self.ratios = torch.linspace(1.0, smallest, candidates).tolist()
-        self._sample = ColumnSample(limit, per_tensor=2048)
+        self._sample = ColumnSample(limit)
 
     def _collect(self, groups: Tensor) -> None:
         self._sample.add(groups)

@@ -20,7 +20,7 @@ class PercentileObserver(Observer):
         if not 0.5 < percentile <= 1:
             raise RecipeError(f'percentile={percentile} is not in (0.5, 1]')
         self.percentile = percentile
-        self._sample = ColumnSample(limit, per_tensor=2048)
+        self._sample = ColumnSample(limit)
 
     def _collect(self, groups: Tensor) -> None:
         self._sample.add(groups)

@@ -14,24 +14,38 @@ class ColumnSample:
     It draws from a generator of its own: calibration must not move the training's random state.
     """
 
-    def __init__(self, limit: int, per_tensor: int, seed: int = 0) -> None:
+    def __init__(self, limit: int, seed: int = 0) -> None:
         self.limit = limit
-        self.per_tensor = per_tensor
         self._generator = torch.Generator().manual_seed(seed)
-        self._parts: list[Tensor] = []
+        self._kept: Tensor | None = None
+        self._shown = 0
 
     def add(self, matrix: Tensor) -> None:
         """Show a matrix ``(rows, columns)``; a random choice of its columns is copied."""
+        self._shown += 1
+        matrix = matrix.detach()
+        if self._kept is None:
+            self._kept = self._choose(matrix, self.limit).clone()
+        elif self._kept.shape[1] + matrix.shape[1] <= self.limit:
+            self._kept = torch.cat([self._kept, matrix], dim=1)
+        else:
+            # Few matrices fill the sample as well as many: the newest gets its share, the others make room.
+            fresh = self._choose(matrix, max(1, self.limit // self._shown, self.limit - self._kept.shape[1]))
+            old = self._choose(self._kept, self.limit - fresh.shape[1])
+            self._kept = torch.cat([old, fresh], dim=1)
+
+    def _choose(self, matrix: Tensor, count: int) -> Tensor:
         columns = matrix.shape[1]
-        if columns > self.per_tensor:
-            chosen = torch.randint(columns, (self.per_tensor,), generator=self._generator)
-            matrix = matrix[:, chosen.to(matrix.device)]
-        self._parts.append(matrix.detach().clone())
+        if columns <= count:
+            return matrix
+        if columns > 16 * count:
+            # Drawn with replacement: a permutation of millions costs more than a rare repetition.
+            chosen = torch.randint(columns, (count,), generator=self._generator)
+        else:
+            chosen = torch.randperm(columns, generator=self._generator)[:count]
+        return matrix[:, chosen.to(matrix.device)]
 
     def matrix(self) -> Tensor:
         """The sample ``(rows, up to limit)``."""
-        matrix = torch.cat(self._parts, dim=1)
-        if matrix.shape[1] > self.limit:
-            chosen = torch.randperm(matrix.shape[1], generator=self._generator)[: self.limit]
-            matrix = matrix[:, chosen.to(matrix.device)]
-        return matrix
+        assert self._kept is not None
+        return self._kept

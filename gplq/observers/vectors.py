@@ -15,7 +15,7 @@ class VectorObserver(Observer):
 
     def __init__(self, limit: int = 512) -> None:
         super().__init__()
-        self._sample = ColumnSample(limit, per_tensor=64)
+        self._sample = ColumnSample(limit)
 
     def _collect(self, groups: Tensor) -> None:
         self._sample.add(groups)
