@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from gplq.batches import Forward, batch_size, bounded
+from gplq.column_statistics import ColumnStatistics
 from gplq.layers import CompensatedBlock, LinearCompensation, WeightView
 from gplq.least_squares import AffineFit, LinearFit
 from gplq.plan import MapPlan
 from gplq.progress import Progress
+from gplq.recipe import Recipe
 from gplq.record import record_of, weight_views
 from gplq.rounding import round_view
 from gplq.spec import FLOAT_BITS
@@ -47,7 +49,7 @@ def compensate(
     only where it explains held-out samples.
 
     - ``'qwt'``: a matrix a block from the block's input to its output's error (QwT sec. 3, R^2 > 0).
-    - ``'ridge'``: every weight refitted on its quantized inputs before it is rounded anew (ERQ sec. 4.1).
+    - ``'ridge'``: each block's last weight refitted on its quantized inputs and rounded anew (ERQ sec. 4.1).
     - ``'affine'``: gain and shift a channel of every layer, absorbed by scale and bias (QwT-v2).
     """
     recipe = record_of(model).plan.recipe
@@ -57,12 +59,15 @@ def compensate(
         for name in progress(record_of(model).plan.blocks, 'compensate'):
             _compensate_block(model, reference, name, source)
         return
-    for _, view in progress(list(_rounded_views(model)), recipe.compensation):
+    views = list(_rounded_views(model))
+    if recipe.compensation == 'ridge':
+        views = _last_of_blocks(views, record_of(model).plan.blocks)
+    for _, view in progress(views, recipe.compensation):
         other = _view(reference, view.name)
-        if recipe.compensation == 'affine' or isinstance(view.owner, nn.Conv2d):
+        if recipe.compensation == 'affine':
             _absorb_affine(model, reference, view, other, source)
         else:
-            _refit(model, reference, view, other, source, recipe.weight_scheme)
+            _refit(model, reference, view, other, source, recipe)
 
 
 class _Source:
@@ -160,6 +165,18 @@ def _view(model: nn.Module, name: str) -> WeightView:
     return next(view for _, view in weight_views(model) if view.name == name)
 
 
+def _last_of_blocks(
+    views: list[tuple[MapPlan, WeightView]], blocks: tuple[str, ...]
+) -> list[tuple[MapPlan, WeightView]]:
+    """The last Linear that each block runs."""
+    last = {}
+    for plan, view in views:
+        block = next((name for name in blocks if plan.name.startswith(f'{name}.')), None)
+        if block is not None and not isinstance(view.owner, nn.Conv2d):
+            last[block] = (plan, view)
+    return list(last.values())
+
+
 def _compensate_block(model: nn.Module, reference: nn.Module, name: str, source: _Source) -> None:
     block = model.get_submodule(name)
     fits: dict[bool, LinearFit] = {}
@@ -229,17 +246,19 @@ def _absorb_affine(
 
 
 def _refit(
-    model: nn.Module, reference: nn.Module, view: WeightView, other: WeightView, source: _Source, scheme: str
+    model: nn.Module, reference: nn.Module, view: WeightView, other: WeightView, source: _Source, recipe: Recipe
 ) -> None:
     """Refit the weight before rounding to the reference's output on this model's inputs, then round it again."""
     original, rounded = other.matrix(), view.matrix()
     fits: dict[bool, LinearFit] = {}
+    statistics = ColumnStatistics(original.shape[1], original.device)
     for x, y, target, held_out in source.pairs(model, _WatchedMap(view), reference, _WatchedMap(other)):
         if held_out not in fits:
             fits[held_out] = LinearFit(x.shape[-1], y.shape[-1], x.device)
-        # What the unrounded weight would leave to explain.
+        # What the unrounded weight would leave to explain; the correction of the first rounding counts as part of y.
         unrounded = y + (x.reshape(-1, x.shape[-1]) @ (original - rounded).t()).reshape(y.shape)
-        fits[held_out].add(x, target - unrounded)
+        fits[held_out].add(x, target - (unrounded - view.map.bias_correction))
+        statistics.add(x)
     train = fits[False]
     judge = fits.get(True, train)
     best, matrix, shift = 0.0, original, torch.zeros_like(original[:, 0])
@@ -249,9 +268,6 @@ def _refit(
         if explained > best:
             best, matrix, shift = explained, original + change.t().float(), bias.float()
     _log.info('%s: refitting explains %.3f of the error', view.name, best)
-    mean_square = (train.gram.diagonal()[:-1] / train.count).float()
-    mean = (train.gram[-1, :-1] / train.count).float()
-    view.map.bias_correction.zero_()
-    round_view(view, scheme, mean_square, matrix)
-    view.map.bias_correction.copy_(shift + (matrix - view.matrix()) @ mean)
+    round_view(view, recipe, statistics, matrix)
+    view.map.bias_correction += shift
     view.map.corrected = True

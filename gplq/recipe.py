@@ -15,6 +15,7 @@ __all__ = ['RECIPE_VERSION', 'Compensation', 'Recipe', 'WeightScheme', 'as_recip
 
 RECIPE_VERSION = 1
 
+Rounding = Literal['feedback', 'nearest']
 WeightScheme = Literal['percentile', 'percentile_asymmetric', 'mse', 'min_max']
 Compensation = Literal['none', 'qwt', 'ridge', 'affine']
 GeluOutput = Literal['signed', 'unsigned_offset']
@@ -45,6 +46,8 @@ class Recipe:
         gelu_output: GELU outputs signed a channel, or unsigned with a learned offset.
         equalize: even out query and key channels in the weights where nothing else reads them.
         weight_scheme: how weight scales are chosen, always one an output channel.
+        rounding: ``'nearest'``, or ``'feedback'``: columns make up for the rounding of those before them (GPTQ), and
+            scales and biases are fitted to the inputs seen.
         compensation: what is fitted after the weights are rounded.
         compensation_bits: of the matrix that ``'qwt'`` adds to each block.
         calibration_samples: how many samples calibration and weight stage read at most.
@@ -65,7 +68,8 @@ class Recipe:
     gelu_output: GeluOutput = 'signed'
     equalize: bool = True
     weight_scheme: WeightScheme = 'mse'
-    compensation: Compensation = 'ridge'
+    rounding: Rounding = 'feedback'
+    compensation: Compensation = 'none'
     compensation_bits: int = 8
     calibration_samples: int = 512
 
@@ -97,6 +101,11 @@ class Recipe:
         return self.weight_bits != FLOAT_BITS or self.activation_bits != FLOAT_BITS
 
     @property
+    def uses_statistics(self) -> bool:
+        """Whether the weight stage looks at the inputs of the weights."""
+        return self.rounding == 'feedback'
+
+    @property
     def name(self) -> str:
         """Short form such as ``'w4a4'``."""
         return f'w{self.weight_bits}a{self.activation_bits}'
@@ -116,6 +125,7 @@ class Recipe:
             'equalize': False,
             'product_observer': 'percentile',
             'weight_scheme': 'percentile',
+            'rounding': 'nearest',
             'compensation': 'qwt',
         }
         return cls.gplq(weight_bits, activation_bits, **{**chosen, **settings})
@@ -126,7 +136,7 @@ class Recipe:
         chosen: dict[str, Any] = {
             'linear_input': 'tensor',
             'equalize': False,
-            'compensation': 'none',
+            'rounding': 'nearest',
         }
         return cls.gplq(weight_bits, activation_bits, **{**chosen, **settings})
 
@@ -198,6 +208,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     'product_observer': tuple(OBSERVERS),
     'gelu_output': get_args(GeluOutput),
     'weight_scheme': get_args(WeightScheme),
+    'rounding': get_args(Rounding),
     'compensation': get_args(Compensation),
 }
 

@@ -5,31 +5,55 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gplq.layers import LinearMap, WeightView
-from gplq.weights import choose_weight_scales
+from gplq.column_statistics import ColumnStatistics
+from gplq.error_feedback import round_with_feedback
+from gplq.layers import WeightView
+from gplq.recipe import Recipe
+from gplq.weights import choose_weight_scales, restore_weight, round_weight
 
 __all__ = ['round_view']
 
 
 @torch.no_grad()
-def round_view(view: WeightView, scheme: str, importance: Tensor | None, matrix: Tensor | None = None) -> None:
-    """Choose scales for a weight, round it and write it back; ``matrix`` replaces the present weight."""
+def round_view(
+    view: WeightView, recipe: Recipe, statistics: ColumnStatistics | None, matrix: Tensor | None = None
+) -> None:
+    """Choose scales for a weight, round it, write it back, and set the bias that this calls for.
+
+    The mean of what rounding takes from the output, and an input offset's exact share of it, are constants: they
+    go into the bias and cost nothing.
+
+    Args:
+        view: the weight.
+        recipe: scheme of the scales and kind of rounding.
+        statistics: of what the weight multiplies; None rounds to nearest without weighing columns.
+        matrix: rounded instead of the present weight, ``(rows, columns)``.
+    """
     quantizer = view.map.weight
     assert quantizer is not None
-    matrix = view.matrix() if matrix is None else matrix
-    column_scale = _columns(view.map, matrix.shape[1])
-    if view.map.input is not None and view.map.input.offset is not None:
-        # The offset's share of the output is a bias: it is taken from the weight before rounding.
-        exact = matrix @ (column_scale * view.map.input.offset)
-    # The mean square of x-hat, divided by the scale, is that of what the folded column multiplies.
-    weighting = None if importance is None else importance / column_scale.square()
-    scales = choose_weight_scales(matrix * column_scale, quantizer.spec.bits, scheme, weighting)
-    rounded = quantizer.quantize(matrix, column_scale, scales)
-    if view.map.input is not None and view.map.input.offset is not None:
-        view.map.bias_correction += exact - rounded @ (column_scale * view.map.input.offset)
-        view.map.corrected = True
+    bits = quantizer.spec.bits
+    exact = (view.matrix() if matrix is None else matrix).clone()
+    column_scale = view.map.column_scale.expand(exact.shape[1])
+    folded = exact * column_scale
+    importance = None if statistics is None else statistics.mean_square / column_scale.square()
+    scales = choose_weight_scales(folded, bits, recipe.weight_scheme, importance)
+    if recipe.rounding == 'feedback' and statistics is not None:
+        gram = statistics.gram / torch.outer(column_scale, column_scale)
+        values = round_with_feedback(folded, scales, bits, gram)
+    else:
+        values = restore_weight(round_weight(folded, scales, bits), scales)
+    rounded = quantizer.keep(values, column_scale, scales)
     view.write(rounded)
+    mean = _mean(view, statistics, exact)
+    if mean is not None:
+        view.map.bias_correction.copy_((exact - rounded) @ mean)
+        view.map.corrected = True
 
 
-def _columns(a_map: LinearMap, columns: int) -> Tensor:
-    return a_map.column_scale.expand(columns)
+def _mean(view: WeightView, statistics: ColumnStatistics | None, exact: Tensor) -> Tensor | None:
+    """Mean input, or the input's offset where nothing else is known."""
+    if statistics is not None:
+        return statistics.mean
+    if view.map.input is None or view.map.input.offset is None:
+        return None
+    return (view.map.input.scale * view.map.input.offset).detach().expand(exact.shape[1])

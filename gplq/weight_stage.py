@@ -7,14 +7,14 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from gplq.batches import Forward, bounded, default_forward
+from gplq.batches import Forward, default_forward
+from gplq.column_statistics import ColumnStatistics, observe_columns
 from gplq.compensation import compensate
 from gplq.errors import StageError
-from gplq.layers import WeightView
 from gplq.progress import Progress, no_progress
-from gplq.record import Stage, map_of, named_quantizers, record_of, weight_views
+from gplq.record import Stage, named_quantizers, record_of, weight_views
 from gplq.rounding import round_view
 from gplq.spec import FLOAT_BITS
 from gplq.trace import evaluating
@@ -60,53 +60,21 @@ def quantize_weights(
     for _, quantizer in named_quantizers(model):
         quantizer.requires_grad_(False)
     pending = [(plan, view) for plan, view in weight_views(model) if plan.weight_bits != FLOAT_BITS]
-    if pending and recipe.compensation != 'none' and batches is None:
-        raise StageError(f'compensation={recipe.compensation!r} needs calibration batches')
+    if pending and (recipe.compensation != 'none' or recipe.uses_statistics) and batches is None:
+        raise StageError(
+            f'rounding={recipe.rounding!r} and compensation={recipe.compensation!r} need calibration batches'
+        )
     batches = list(batches) if isinstance(batches, Iterator) else batches
     reference = None
     with evaluating(model):
-        importance: dict[str, Tensor] = {}
+        statistics: dict[str, ColumnStatistics] = {}
         if pending and batches is not None:
             if recipe.compensation != 'none':
                 reference = copy.deepcopy(model)
-            importance = _importance(model, batches, forward, progress)
+            if recipe.uses_statistics:
+                statistics = observe_columns(model, batches, forward, progress)
         for _, view in progress(pending, 'round weights'):
-            round_view(view, recipe.weight_scheme, importance.get(view.name))
+            round_view(view, recipe, statistics.pop(view.name, None))
         if reference is not None and batches is not None:
             compensate(model, reference, batches, forward, progress)
     record.stage = Stage.QUANTIZED
-
-
-class _MeanSquare:
-    """Watches a linear map; mean square of each column of what its weight multiplies."""
-
-    def __init__(self, view: WeightView) -> None:
-        self.view = view
-        self.total: Tensor | None = None
-        self.count = 0
-
-    def __call__(self, x: Tensor, y: Tensor) -> None:
-        columns = self.view.matrix().shape[1]
-        if x.shape[-1] != columns:
-            # A convolution: its unfolded columns are too many to keep apart, and its input has one scale.
-            return
-        x = x.reshape(-1, columns)
-        total = x.float().square().sum(0)
-        self.total = total if self.total is None else self.total + total
-        self.count += x.shape[0]
-
-
-def _importance(model: nn.Module, batches: Iterable[Any], forward: Forward, progress: Progress) -> dict[str, Tensor]:
-    watchers = {}
-    for _, view in weight_views(model):
-        if isinstance(view.owner, nn.Conv2d):
-            continue
-        watchers[view.name] = view.map.watcher = _MeanSquare(view)
-    samples = record_of(model).plan.recipe.calibration_samples
-    try:
-        for batch in progress(bounded(batches, samples), 'weigh columns'):
-            forward(model, batch)
-    finally:
-        for plan in record_of(model).plan.maps:
-            map_of(model, plan).watcher = None
-    return {name: w.total / max(w.count, 1) for name, w in watchers.items() if w.total is not None}

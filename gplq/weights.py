@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gplq.spec import QuantizerSpec
 
-__all__ = ['WeightQuantizer', 'WeightScales', 'choose_weight_scales', 'round_weight']
+__all__ = ['WeightQuantizer', 'WeightScales', 'choose_weight_scales', 'restore_weight', 'round_weight']
 
 # RepQ-ViT's three candidates; the paper's percentile quantizer takes the first.
 PERCENTILES = (0.999, 0.9999, 0.99999)
@@ -131,21 +131,21 @@ class WeightQuantizer(nn.Module):
         return WeightScales(self.scale, self.zero_point)
 
     @torch.no_grad()
-    def quantize(self, weight: Tensor, column_scale: Tensor, scales: WeightScales) -> Tensor:
-        """Keep ``scales`` and return ``weight`` rounded, both ``(rows, columns)`` and not folded.
+    def keep(self, values: Tensor, column_scale: Tensor, scales: WeightScales) -> Tensor:
+        """Keep ``scales`` and return ``values``, which lie on their grid, unfolded; both ``(rows, columns)``.
 
-        ``column_scale``, ``(columns,)`` or one value, is the input scale to fold.
+        ``column_scale``, ``(columns,)`` or one value, is the input scale that ``values`` have folded in.
         """
         self.scale.copy_(scales.scale)
         if self.zero_point is not None and scales.zero_point is not None:
             self.zero_point.copy_(scales.zero_point)
         self.enabled = True
-        return self.restore(round_weight(weight * column_scale, self.scales, self.spec.bits), column_scale)
+        return values / column_scale
 
     def restore(self, codes: Tensor, column_scale: Tensor) -> Tensor:
         """The unfolded matrix that codes ``(rows, columns)`` stand for."""
         return restore_weight(codes, self.scales) / column_scale
 
     def codes(self, weight: Tensor, column_scale: Tensor) -> Tensor:
-        """Integer codes, as floats, of a matrix that :meth:`quantize` rounded."""
+        """Integer codes, as floats, of a matrix that :meth:`keep` returned."""
         return round_weight(weight * column_scale, self.scales, self.spec.bits)

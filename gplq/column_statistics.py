@@ -1,0 +1,80 @@
+"""What the weight stage needs to know of a layer's quantized inputs: second moments and means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gplq.batches import Forward, bounded
+from gplq.layers import WeightView
+from gplq.progress import Progress
+from gplq.record import record_of, weight_views
+
+__all__ = ['ColumnStatistics', 'observe_columns']
+
+
+class ColumnStatistics:
+    """Sums over the vectors ``x`` that a weight ``(rows, columns)`` multiplies.
+
+    Attributes:
+        gram: sum of ``x x^T``, ``(columns, columns)``.
+        total: sum of ``x``, ``(columns,)``.
+        count: number of vectors.
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.gram = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+        self.total = torch.zeros(columns, dtype=torch.float64, device=device)
+        self.count = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in ``(..., columns)``."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        self.gram += (x.t() @ x).double()
+        self.total += x.sum(0).double()
+        self.count += x.shape[0]
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        self.add(x)
+
+    @property
+    def mean(self) -> Tensor:
+        """``(columns,)``."""
+        return (self.total / max(self.count, 1)).float()
+
+    @property
+    def mean_square(self) -> Tensor:
+        """``(columns,)``."""
+        return (self.gram.diagonal() / max(self.count, 1)).float()
+
+
+def observe_columns(
+    model: nn.Module, batches: Iterable[Any], forward: Forward, progress: Progress
+) -> dict[str, ColumnStatistics]:
+    """Statistics of every Linear's quantized inputs over the calibration data, by the name of its weight view.
+
+    Convolutions are left out: their unfolded columns are many, and their input has one scale.
+    """
+    views = [view for _, view in weight_views(model) if not isinstance(view.owner, nn.Conv2d)]
+    samples = record_of(model).plan.recipe.calibration_samples
+    with _watching(views) as statistics:
+        for batch in progress(bounded(batches, samples), 'column statistics'):
+            forward(model, batch)
+    return {name: found for name, found in statistics.items() if found.count}
+
+
+@contextmanager
+def _watching(views: list[WeightView]) -> Iterator[dict[str, ColumnStatistics]]:
+    statistics = {}
+    for view in views:
+        matrix = view.matrix()
+        statistics[view.name] = view.map.watcher = ColumnStatistics(matrix.shape[1], matrix.device)
+    try:
+        yield statistics
+    finally:
+        for view in views:
+            view.map.watcher = None
