@@ -155,7 +155,9 @@ class Mimicking:
         feature: str = '',
         side: Literal['input', 'output'] = 'output',
     ) -> None:
-        self.teacher = teacher.eval().requires_grad_(False)
+        # Apart: some backbones' train() returns nothing.
+        teacher.eval()
+        self.teacher = teacher.requires_grad_(False)
         self.loss = loss
         self.weight = weight
         self._inputs = FeatureTap(student, '', 'input')

@@ -17,10 +17,6 @@ class DecomposedMultiheadAttention(nn.MultiheadAttention):
     ``in_proj_weight`` by rows, or ``q_proj_weight`` and its siblings where dimensions differ.
     """
 
-    query_map: LinearMap | None = None
-    key_map: LinearMap | None = None
-    value_map: LinearMap | None = None
-
     def forward(
         self,
         query: Tensor,
@@ -67,7 +63,8 @@ class DecomposedMultiheadAttention(nn.MultiheadAttention):
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        maps = (self.query_map, self.key_map, self.value_map)
+        # No class attributes of these names: they would hide the modules.
+        maps: list[LinearMap | None] = [getattr(self, f'{kind}_map', None) for kind in ('query', 'key', 'value')]
         q, k, v = (
             F.linear(x, weight, bias) if a_map is None else a_map.run(F.linear, x, weight, bias)
             for x, weight, bias, a_map in zip((query, key, value), weights, biases, maps, strict=True)

@@ -64,6 +64,8 @@ class ActivationQATHook(Hook):
         model = model_of(runner)
         part_of(model, self.settings)
         self._prepare(runner, model)
+        # Backbones freeze stages whenever they enter training mode: before the optimizer and the wrapper look.
+        model.train()
         if self.settings.label_free:
             model.requires_grad_(False)
             part_of(model, self.settings).requires_grad_(True)
