@@ -1,0 +1,223 @@
+"""What the hook puts into a model, when, and who sees it."""
+
+from __future__ import annotations
+
+import copy
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import EMAHook, Hook
+from mmengine.runner import Runner
+
+from gplq.plugins.hooks import ActivationQATHook, GPLQHook, WeightPTQHook
+from gplq.record import named_quantizers, record_of
+
+Train = Callable[..., Runner]
+
+
+def scales(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith('log_scale')}
+
+
+def test_hooks_come_before_those_that_copy_the_model() -> None:
+    assert all(
+        Runner.register_hook and _priority(hook) < _priority(EMAHook)
+        for hook in (ActivationQATHook, GPLQHook, WeightPTQHook)
+    )
+
+
+def _priority(hook: type[Hook]) -> int:
+    from mmengine.runner import get_priority
+
+    return get_priority(hook.priority)
+
+
+class Average(Hook):
+    """Keeps what EMAHook's copy holds when training ends, before anything is done with it."""
+
+    priority = 'VERY_HIGH'
+
+    def after_train(self, runner: Runner) -> None:
+        (ema,) = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
+        self.own = scales(runner.model)
+        self.averaged = {n: t.clone() for n, t in ema.ema_model.module.state_dict().items()}
+        self.tensors = (runner.model.state_dict(), ema.ema_model.module.state_dict())
+
+
+def test_averages_have_quantizers_of_their_own_and_become_the_model(
+    make_config: Callable[..., Config], steps_of: Callable
+) -> None:
+    config = make_config(stage=dict(scale_lr=0.05))
+    config.custom_hooks = [dict(type='EMAHook', momentum=0.1, strict_load=True)]
+    runner = Runner.from_cfg(config)
+    watch = Average()
+    runner.register_hook(watch)
+    runner.train()
+
+    student, average = watch.tensors
+    assert set(average) == set(student)
+    assert watch.own and all(average[name].data_ptr() != student[name].data_ptr() for name in watch.own)
+    assert any(not torch.equal(watch.averaged[name], own) for name, own in watch.own.items())
+    # The averaged scales are those of the quantized model, in the checkpoint and in memory.
+    steps = steps_of(runner)
+    for step in steps[1:]:
+        saved = torch.load(step['checkpoint'], weights_only=True)['state_dict']
+        assert all(torch.equal(saved[name], watch.averaged[name]) for name in watch.own)
+    assert all(torch.equal(runner.model.state_dict()[name], watch.averaged[name]) for name in watch.own)
+
+    test = make_config('test')
+    test.load_from = steps[2]['checkpoint']
+    assert Runner.from_cfg(test).test() == pytest.approx(steps[2]['metrics'])
+
+
+def test_teacher_is_the_fp32_part(train: Train, checkpoint: Path) -> None:
+    runner = train()
+    kept = torch.load(Path(runner.work_dir) / 'gplq_teacher.pth', weights_only=True)['state_dict']
+    original = torch.load(checkpoint, weights_only=True)['state_dict']
+    own = {name.removeprefix('backbone.'): t for name, t in original.items() if name.startswith('backbone.')}
+    assert own.keys() <= kept.keys()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in own.items())
+    assert any(not torch.equal(runner.model.backbone.state_dict()[name], tensor) for name, tensor in own.items())
+
+
+def losses(log: str) -> list[dict[str, float]]:
+    lines = re.findall(r'Iter\(train\) \[.*', log)
+    return [{name: float(value) for name, value in re.findall(r'(loss\w*): ([\d.]+)', line)} for line in lines]
+
+
+def test_mimicking_is_part_of_the_loss(train: Train, log_of: Callable[[Runner], str]) -> None:
+    found = losses(log_of(train()))
+    assert len(found) == 4
+    for line in found:
+        assert line['loss_mimicking'] > 0
+        assert line['loss'] == pytest.approx(line['loss_cls'] + line['loss_mimicking'], abs=2e-4)
+
+
+def test_mimicking_weight_scales_its_loss(train: Train, log_of: Callable[[Runner], str]) -> None:
+    # The first loss is that of the calibrated model, which does not depend on the weight.
+    one, ten = (losses(log_of(train(str(w), mimicking=w, iterations=1)))[0] for w in (1.0, 10.0))
+    assert ten['loss_mimicking'] == pytest.approx(10 * one['loss_mimicking'], rel=1e-3)
+
+
+def test_mimicking_can_be_switched_off(train: Train, log_of: Callable[[Runner], str]) -> None:
+    runner = train(mimicking=False)
+    assert [set(line) for line in losses(log_of(runner))] == [{'loss', 'loss_cls'}] * 4
+    assert not (Path(runner.work_dir) / 'gplq_teacher.pth').exists()
+
+
+def test_without_labels_heads_neither_run_nor_move(
+    make_config: Callable[..., Config], log_of: Callable[[Runner], str], checkpoint: Path, toy: ModuleType
+) -> None:
+    runner = Runner.from_cfg(make_config(label_free=True, stage=dict(lr=1e-3)))
+    calls = []
+    runner.model.head.register_forward_hook(lambda module, *_: calls.append(module.training))
+    runner.train()
+    assert not any(calls), 'the head ran in training mode'
+    assert calls, 'validation runs it'
+    assert [set(line) for line in losses(log_of(runner))] == [{'loss', 'loss_mimicking'}] * 4
+    original = torch.load(checkpoint, weights_only=True)['state_dict']
+    for name in original:
+        if not name.startswith('backbone.'):
+            assert torch.equal(runner.model.state_dict()[name], original[name]), name
+    moved = torch.load(Path(runner.work_dir) / 'gplq_w32a4.pth', weights_only=True)['state_dict']
+    assert not torch.equal(moved['backbone.norm.weight'], original['backbone.norm.weight'])
+    assert type(runner.model.loss(torch.zeros(1, 3, 16, 16), [torch.tensor(0)])['loss_cls']) is torch.Tensor
+
+
+def test_a_copy_of_the_model_in_training_has_its_own_scales(
+    make_config: Callable[..., Config], toy: ModuleType
+) -> None:
+    class Copy(Hook):
+        def after_train_epoch(self, runner: Runner) -> None:
+            self.copy = copy.deepcopy(runner.model).eval()
+            self.before = self.copy.logits(images)
+
+    images = toy.ToyImages(length=4, seed=3).images
+    runner = Runner.from_cfg(make_config())
+    watch = Copy()
+    runner.register_hook(watch)
+    runner.train()
+    with torch.no_grad():
+        for _, quantizer in named_quantizers(runner.model):
+            quantizer.log_scale.add_(1.0)
+        torch.testing.assert_close(watch.copy.logits(images), watch.before)
+
+
+def test_activation_checkpointing_leaves_the_teacher_alone(train: Train, log_of: Callable[[Runner], str]) -> None:
+    def change(config: Config) -> None:
+        config.activation_checkpointing = ['backbone.blocks.0', 'backbone.blocks.1']
+
+    plain, checkpointed = train('plain'), train('checkpointed', change=change)
+    assert losses(log_of(checkpointed)) == losses(log_of(plain))
+
+
+def test_targets_reach_beyond_the_backbone(train: Train) -> None:
+    runner = train(targets=['backbone', 'head'])
+    names = {plan.name for plan in record_of(runner.model).plan.maps}
+    assert 'head' in names and len(names) == 10
+
+
+def test_another_part(train: Train) -> None:
+    runner = train(part='backbone', targets='backbone.blocks.0*')
+    assert {plan.name.split('.')[2] for plan in record_of(runner.model).plan.maps} == {'0'}
+
+
+LEAN = """
+import sys
+from mmengine.registry import HOOKS, MODELS, root
+import gplq.plugins.hooks
+assert HOOKS.get('GPLQHook') is gplq.plugins.hooks.GPLQHook
+mm = sorted(m for m in sys.modules if m.split('.')[0] in ('mmdet', 'mmcv', 'timm', 'torchvision'))
+assert not mm, mm
+ours = [n for n, c in MODELS.module_dict.items() if c.__module__.startswith('gplq')]
+assert not ours, ours
+"""
+
+
+def test_importing_the_hooks_imports_neither_detector_nor_operators() -> None:
+    done = subprocess.run([sys.executable, '-c', LEAN], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_full_path_needs_no_import_line(tmp_path: Path, make_config: Callable[..., Config]) -> None:
+    elsewhere = tmp_path / 'somewhere/else'
+    elsewhere.mkdir(parents=True)
+    config = make_config()
+    hooks = config.pop('default_hooks')
+    Config(dict(default_hooks=dict(logger=hooks.logger), **{k: config[k] for k in config})).dump(
+        str(elsewhere / 'base.py')
+    )
+    user = elsewhere / 'user.py'
+    user.write_text(
+        "_base_ = './base.py'\n"
+        f'default_hooks = dict(gplq={dict(hooks.gplq, iterations=1)!r})\n'
+        f'load_from = {str(config.load_from)!r}\n'
+    )
+    runner = Runner.from_cfg(Config.fromfile(user))
+    runner.train()
+    assert any(type(hook) is GPLQHook for hook in runner.hooks)
+    assert (Path(runner.work_dir) / 'gplq_w4a4.safetensors').is_file()
+
+
+def test_unknown_settings_are_refused(make_config: Callable[..., Config]) -> None:
+    from gplq.errors import RecipeError
+
+    cases: list[tuple[dict[str, Any], str]] = [
+        (dict(weight_bit=4), "the hook has no setting .'weight_bit'."),
+        (dict(recipe=dict(bits=4)), "recipe has no setting .'bits'."),
+        (dict(stage=dict(learning_rate=1)), "stage has no setting .'learning_rate'."),
+        (dict(method='magic'), "method='magic'"),
+        (dict(iterations=-1), 'iterations=-1'),
+        (dict(label_free=True, mimicking=False), 'label_free=True'),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(RecipeError, match=message):
+            Runner.from_cfg(make_config(**arguments))
