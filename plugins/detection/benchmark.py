@@ -1,0 +1,164 @@
+"""The runs of a detection benchmark: which settings each method has, and the command that carries one out."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gplq.plugins.results import ResultError, ResultRow, commit, file_sha256, versions
+
+__all__ = ['METHODS', 'VARIANTS', 'Run', 'plan_runs', 'rows_of']
+
+TOOL = 'tools/train.py'
+
+METHODS: dict[str, dict[str, Any]] = {
+    'fp32': {'weight_bits': 32, 'activation_bits': 32, 'iterations': 0},
+    'fp32_control': {'weight_bits': 32, 'activation_bits': 32},
+    'gplq': {},
+    'rtn': {'method': 'rtn', 'iterations': 0},
+}
+
+# What differs from the hook's own settings.
+VARIANTS: dict[str, dict[str, Any]] = {
+    '': {},
+    'no mimicking': {'mimicking': 0},
+    'folded': {'recipe.exponents': [1.0], 'recipe.balance': False},
+    'unfolded': {'recipe.exponents': [1.0], 'recipe.balance': False, 'recipe.fold': False},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: what it measures and the options that make it."""
+
+    benchmark: str
+    config: str
+    checkpoint: str
+    split: str
+    method: str
+    bits: int
+    seed: int
+    variant: str
+    options: tuple[tuple[str, str], ...]
+    work_dir: Path
+
+    @property
+    def command(self) -> list[str]:
+        """The program and its arguments; a user can paste it."""
+        settings = METHODS[self.method] | VARIANTS[self.variant]
+        if self.bits != 32:
+            settings = {'weight_bits': self.bits, 'activation_bits': self.bits} | settings
+        settings['seed'] = self.seed
+        if self.method != 'fp32':
+            settings['validate_fp32'] = False
+        options = {f'default_hooks.gplq.{key}': _text(value) for key, value in settings.items()}
+        options |= {'load_from': self.checkpoint, 'randomness.seed': str(self.seed)}
+        options |= {'val_dataloader.dataset.ann_file': f'{self.split}.json'}
+        options |= {'val_evaluator.ann_file': f'${{GPLQ_DATA_ROOT}}/{self.split}.json'}
+        options |= {'val_evaluator.outfile_prefix': str(self.work_dir / 'predictions')}
+        options |= dict(self.options)
+        pairs = [f'{key}={value}' for key, value in options.items()]
+        return ['python', TOOL, self.config, '--work-dir', str(self.work_dir), '--cfg-options', *pairs]
+
+    @property
+    def text(self) -> str:
+        """The command as one line."""
+        return ' '.join(part if '${' in part else shlex.quote(part) for part in self.command)
+
+    def arguments(self, data_root: str) -> list[str]:
+        """The command for this interpreter and this place of the data."""
+        filled = [part.replace('${GPLQ_DATA_ROOT}', data_root) for part in self.command]
+        return [sys.executable, *filled[1:]]
+
+
+def plan_runs(
+    benchmark: str,
+    config: str,
+    checkpoint: str,
+    split: str,
+    methods: Sequence[str],
+    bits: Sequence[int],
+    seeds: Sequence[int],
+    variants: Sequence[str],
+    options: dict[str, str],
+    work: Path,
+) -> Iterator[Run]:
+    """Every run once: FP32 and its control know no bits, variants are GPLQ's, and FP32 knows no seed."""
+    for seed in seeds:
+        for method in methods:
+            for width in bits if method in ('gplq', 'rtn') else (32,):
+                for variant in variants if method == 'gplq' else ('',):
+                    if method == 'fp32' and seed != seeds[0]:
+                        continue
+                    name = '_'.join(filter(None, (method, f'w{width}', variant.replace(' ', '_'), f's{seed}')))
+                    yield Run(
+                        benchmark,
+                        config,
+                        checkpoint,
+                        split,
+                        method,
+                        width,
+                        seed,
+                        variant,
+                        tuple(options.items()),
+                        work / split / name,
+                    )
+
+
+def rows_of(run: Run, metrics: Sequence[str], model: str, peak_memory_mb: float | None) -> list[ResultRow]:
+    """Rows of a finished run from what its hook noted.
+
+    Raises:
+        ResultError: if the run did not come to its end.
+    """
+    record = run.work_dir / 'gplq.json'
+    if not record.is_file():
+        raise ResultError(f'{run.work_dir} holds no gplq.json: the run failed, its log is there')
+    steps = {step['step']: step for step in json.loads(record.read_text())}
+    wanted = {
+        'fp32': [('FP32', 32, 32)],
+        'fp32_control': [('FP32 control', 32, 32)],
+        'gplq': [(f'W32A{run.bits}', 32, run.bits), (f'W{run.bits}A{run.bits}', run.bits, run.bits)],
+        'rtn': [(f'W{run.bits}A{run.bits}', run.bits, run.bits)],
+    }[run.method]
+    rows = []
+    spent = 0.0
+    for name, weight_bits, activation_bits in wanted:
+        if name not in steps:
+            raise ResultError(f'{record} has no step {name}: the run failed, its log is in {run.work_dir}')
+        step = steps[name]
+        spent += step['minutes']
+        for metric in metrics:
+            rows.append(
+                ResultRow(
+                    benchmark=run.benchmark,
+                    split=run.split,
+                    model=model,
+                    scope='backbone',
+                    checkpoint_sha256=file_sha256(run.checkpoint),
+                    method=run.method,
+                    weight_bits=weight_bits,
+                    activation_bits=activation_bits,
+                    effective_bits=step['effective_bits'],
+                    seed=run.seed,
+                    metric=metric,
+                    value=step['metrics'][f'coco/{metric}'],
+                    minutes=spent,
+                    peak_memory_mb=peak_memory_mb,
+                    artifact_bytes=step['model_bytes'],
+                    command=run.text,
+                    commit=commit(),
+                    versions=versions(),
+                    variant=run.variant,
+                )
+            )
+    return rows
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value).replace(' ', '') if isinstance(value, list) else str(value)

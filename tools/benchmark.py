@@ -1,0 +1,98 @@
+"""Measure GPLQ on one detector: FP32, FP32 control, round-to-nearest and GPLQ over bits, seeds and variants.
+
+Every run is one call of tools/train.py, printed and kept in its row. A run whose rows are in the output already is
+not made again, so the program can be stopped and started at will. Settings are chosen on --split dev; --split test
+is read once, for the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gplq.plugins.detection.benchmark import METHODS, VARIANTS, Run, plan_runs, rows_of
+from gplq.plugins.results import append_row, read_rows
+
+EXAMPLE = """example:
+  GPLQ_DATA_ROOT=data/bccd python tools/benchmark.py configs/gplq_faster_rcnn_vit-tiny_bccd.py bccd_vit.pth \\
+      --benchmark bccd --metrics bbox_mAP --bits 4 3 --seeds 0 1 2"""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='a config with the two lines')
+    parser.add_argument('checkpoint', help='its FP32 detector')
+    parser.add_argument('--benchmark', required=True, help='name in the rows')
+    parser.add_argument('--metrics', nargs='+', default=['bbox_mAP'], help='default: bbox_mAP')
+    parser.add_argument('--bits', nargs='+', type=int, default=[4, 3], help='default: 4 3')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='default: 0')
+    parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS))
+    parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=[''], help="'' is the hook as it is")
+    parser.add_argument('--split', choices=('dev', 'test'), default='dev', help='default: dev')
+    parser.add_argument('--output', type=Path, help='default: results/BENCHMARK.jsonl; for dev, in --work-dir')
+    parser.add_argument('--work-dir', type=Path, help='default: work_dirs/BENCHMARK')
+    parser.add_argument('--options', nargs='+', default=[], metavar='KEY=VALUE', help='for every run')
+    return parser.parse_args()
+
+
+def is_done(run: Run, output: Path) -> bool:
+    if not output.is_file():
+        return False
+    return any(row.command == run.text and row.split == run.split for row in read_rows(output))
+
+
+def carry_out(run: Run, data_root: str) -> float:
+    """Run it; give the peak memory in MB of the largest process so far."""
+    run.work_dir.mkdir(parents=True, exist_ok=True)
+    with open(run.work_dir / 'log.txt', 'w') as log:
+        done = subprocess.run(run.arguments(data_root), stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.exit(f'failed, see {run.work_dir / "log.txt"}')
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
+
+
+def main() -> None:
+    args = parse_args()
+    data_root = os.environ.get('GPLQ_DATA_ROOT')
+    if not data_root:
+        sys.exit('error: say where the data is: GPLQ_DATA_ROOT=PATH')
+    work = args.work_dir or Path('work_dirs', args.benchmark)
+    output = args.output or (Path('results') if args.split == 'test' else work) / f'{args.benchmark}.jsonl'
+    options = dict(option.split('=', 1) for option in args.options)
+    runs = list(
+        plan_runs(
+            args.benchmark,
+            args.config,
+            args.checkpoint,
+            args.split,
+            args.methods,
+            args.bits,
+            args.seeds,
+            args.variants,
+            options,
+            work,
+        )
+    )
+    waiting = [run for run in runs if not is_done(run, output)]
+    print(f'{len(runs)} runs, {len(runs) - len(waiting)} of them done already; rows: {output}')
+    start = time.perf_counter()
+    for number, run in enumerate(waiting, start=1):
+        print(f'\n[{number}/{len(waiting)}] {run.text}', flush=True)
+        peak = carry_out(run, data_root)
+        model = Path(args.config).stem.removeprefix('gplq_').removesuffix(f'_{args.benchmark}')
+        for row in rows_of(run, args.metrics, model, peak):
+            append_row(output, row)
+            print(f'W{row.weight_bits}A{row.activation_bits} {row.metric} {row.value:.4f}')
+        left = (time.perf_counter() - start) / number * (len(waiting) - number) / 60
+        print(f'{left:.0f} minutes left', flush=True)
+
+
+if __name__ == '__main__':
+    main()

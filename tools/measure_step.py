@@ -1,0 +1,173 @@
+"""Compare a step of the activation stage with a step of FP32 fine-tuning: time, interleaved, and peak memory.
+
+Both take the same batch, optimizer and precision; FP32 keeps its fused attention. Memory is measured in a process of
+its own for each, whose peak is that of nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from gplq import calibrate, prepare
+from gplq.activation_stage import ActivationStage, parameter_groups
+from gplq.mimicking import FeatureTap, Mimicking, fit_mimicking_loss
+from gplq.plugins.command_line import add_run_arguments, read_config
+from gplq.plugins.hooks.data import calibration_loader
+from gplq.plugins.hooks.model import PartForward, blank_forward, part_of, preprocess
+from gplq.plugins.hooks.settings import HookSettings
+from gplq.plugins.hooks.teacher import MimickingTerm
+from gplq.plugins.results import ResultRow, append_row, commit, file_sha256, measure, repeat_command, versions
+
+EXAMPLE = """example:
+  GPLQ_DATA_ROOT=data/nuclei python tools/measure_step.py configs/gplq_mask_rcnn_vit-tiny_nuclei.py \\
+      --cfg-options load_from=nuclei_vit.pth"""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='a config with the two lines')
+    add_run_arguments(parser)
+    parser.add_argument('--steps', type=int, default=12, help='timed steps of each (default: %(default)s)')
+    parser.add_argument('--output', type=Path, default=Path('results/step.jsonl'), help='default: %(default)s')
+    parser.add_argument('--only', choices=('fp32', 'gplq'), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def build(cfg: Config, method: str) -> Callable[[Any], None]:
+    """A function that carries out one step on a batch, its backbone in FP32 or calibrated to the hook's bits."""
+    runner = Runner.from_cfg(cfg)
+    runner.load_checkpoint(cfg.load_from)
+    model = runner.model
+    settings = HookSettings.from_config(**{k: v for k, v in cfg.gplq_settings.items() if k != 'type'})
+    stack = ExitStack()
+    stage = settings.stage if method == 'gplq' else ActivationStage()
+    if method == 'gplq':
+        loader = calibration_loader(runner, settings, 8)
+        if stage.mimicking_weight:
+            part = part_of(model, settings)
+            teacher = copy.deepcopy(part)
+            loss = fit_mimicking_loss(
+                teacher, FeatureTap(teacher, '', 'output'), loader, lambda t, b: t(preprocess(model, b)['inputs'])
+            )
+            mimicking = Mimicking(part, teacher, loss, stage.mimicking_weight)
+            stack.enter_context(mimicking.attached())
+            model.register_forward_hook(MimickingTerm(mimicking), with_kwargs=True)
+        prepare(model, settings.recipe, forward=blank_forward(model, settings))
+        calibrate(model, loader, forward=PartForward(settings.part))
+        groups = parameter_groups(model, stage)
+    else:
+        groups = [{'params': list(model.parameters())}]
+    wrapper = runner.build_optim_wrapper(cfg.optim_wrapper)
+    wrapper.optimizer = torch.optim.AdamW(groups, lr=stage.lr)
+    wrapper.initialize_count_status(model, 0, 10**6)
+
+    def step(batch: Any) -> None:
+        model.train()
+        model.train_step(copy.deepcopy(batch), wrapper)
+
+    step.stack = stack  # type: ignore[attr-defined]
+    return step
+
+
+def batches(cfg: Config, count: int) -> list[Any]:
+    loader = Runner.build_dataloader(copy.deepcopy(cfg.train_dataloader), seed=0)
+    iterator = iter(loader)
+    return [next(iterator) for _ in range(count)]
+
+
+def peak_memory(cfg: Config, method: str) -> float:
+    """Peak of three steps in this process, in MB."""
+    data = batches(cfg, 3)
+    step = build(cfg, method)
+    with measure() as cost:
+        for batch in data:
+            step(batch)
+    return cost.peak_memory_mb
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = read_config(args)
+    cfg = _without_hook(cfg)
+    if args.only:
+        print('PEAK ' + json.dumps(peak_memory(cfg, args.only)))
+        return
+    peaks = {}
+    for method in ('fp32', 'gplq'):
+        command = [sys.executable, *sys.argv, '--only', method]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        peaks[method] = json.loads(out.rsplit('PEAK ', 1)[1])
+    data = batches(cfg, args.steps + 2)
+    steps = {method: build(cfg, method) for method in ('fp32', 'gplq')}
+    seconds: dict[str, list[float]] = {'fp32': [], 'gplq': []}
+    for number, batch in enumerate(data):
+        for method in ('fp32', 'gplq') if number % 2 else ('gplq', 'fp32'):
+            start = time.perf_counter()
+            steps[method](batch)
+            if number >= 2:
+                seconds[method].append(time.perf_counter() - start)
+    ratios = [b / a for a, b in zip(seconds['fp32'], seconds['gplq'], strict=True)]
+    for method, times in seconds.items():
+        print(f'{method}: median {statistics.median(times):.3f} s a step, peak {peaks[method]:.0f} MB')
+    print(f'ratio of time: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}')
+    print(f'ratio of peak memory: {peaks["gplq"] / peaks["fp32"]:.2f}')
+    bits = int(cfg.gplq_settings.get('activation_bits', 4))
+    for method, times in seconds.items():
+        for metric, value in (
+            ('step_seconds', statistics.median(times)),
+            ('step_ratio', statistics.median(ratios) if method == 'gplq' else 1.0),
+        ):
+            append_row(
+                args.output,
+                ResultRow(
+                    benchmark='step',
+                    split='train',
+                    model=Path(args.config).stem.removeprefix('gplq_'),
+                    scope='backbone',
+                    checkpoint_sha256=file_sha256(cfg.load_from),
+                    method=method,
+                    weight_bits=32,
+                    activation_bits=bits if method == 'gplq' else 32,
+                    effective_bits=None,
+                    seed=0,
+                    metric=metric,
+                    value=value,
+                    minutes=None,
+                    peak_memory_mb=peaks[method],
+                    artifact_bytes=None,
+                    command=repeat_command(),
+                    commit=commit(),
+                    versions=versions(),
+                ),
+            )
+
+
+def _without_hook(cfg: Config) -> Config:
+    """The config for a Runner: the hook's settings are read, the hook itself would train."""
+    copied = copy.deepcopy(cfg)
+    hook = copied.default_hooks.pop('gplq')
+    copied.work_dir = str(Path(copied.work_dir, 'measure_step'))
+    copied.gplq_settings = hook
+    copied.train_dataloader.persistent_workers = False
+    copied.train_dataloader.num_workers = 0
+    return copied
+
+
+if __name__ == '__main__':
+    main()
