@@ -32,9 +32,7 @@ def parse_args() -> argparse.Namespace:
 def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
     hook = cfg.default_hooks.get('visualization')
     if hook is None:
-        raise GPLQError(
-            f'--show and --show-dir need default_hooks.visualization, which {args.config} has not'
-        )
+        raise GPLQError(f'--show and --show-dir need default_hooks.visualization, which {args.config} has not')
     hook.draw = True
     hook.show = args.show
     hook.wait_time = args.wait_time

@@ -48,9 +48,7 @@ def main() -> None:
         use_mixed_precision(cfg)
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-            raise GPLQError(
-                f'--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size to scale from'
-            )
+            raise GPLQError(f'--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size to scale from')
         cfg.auto_scale_lr.enable = True
     if args.resume is not None:
         cfg.resume = True
