@@ -7,9 +7,7 @@ test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='gplq.plugins.amp.BFloat16OptimWrapper',
     optimizer=dict(type='AdamW', lr=5e-4, weight_decay=0.05),
-    paramwise_cfg=dict(
-        norm_decay_mult=0.0, bias_decay_mult=0.0, custom_keys={'pos_embed': dict(decay_mult=0.0)}
-    ),
+    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0, custom_keys={'pos_embed': dict(decay_mult=0.0)}),
     clip_grad=dict(max_norm=1.0),
 )
 param_scheduler = [

@@ -23,9 +23,7 @@ model = dict(
         use_rel_pos=False,
         norm_eps=1e-6,
         drop_path_rate=0.1,
-        init_cfg=dict(
-            type='Pretrained', checkpoint='{{$GPLQ_VIT_CHECKPOINT:checkpoints/vit_objects100.safetensors}}'
-        ),
+        init_cfg=dict(type='Pretrained', checkpoint='{{$GPLQ_VIT_CHECKPOINT:checkpoints/vit_objects100.safetensors}}'),
     ),
     neck=dict(
         type='gplq.plugins.detection.SimpleFPN',
@@ -39,9 +37,7 @@ model = dict(
         type='RPNHead',
         in_channels=96,
         feat_channels=96,
-        anchor_generator=dict(
-            type='AnchorGenerator', scales=[4, 5.66], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32]
-        ),
+        anchor_generator=dict(type='AnchorGenerator', scales=[4, 5.66], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32]),
         bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=[1.0] * 4),
         loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=1.0),
         loss_bbox=dict(type='L1Loss', loss_weight=1.0),
@@ -60,9 +56,7 @@ model = dict(
             fc_out_channels=256,
             roi_feat_size=7,
             num_classes=3,
-            bbox_coder=dict(
-                type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=[0.1, 0.1, 0.2, 0.2]
-            ),
+            bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=[0.1, 0.1, 0.2, 0.2]),
             reg_class_agnostic=False,
             loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
             loss_bbox=dict(type='L1Loss', loss_weight=1.0),
@@ -78,16 +72,12 @@ model = dict(
                 match_low_quality=True,
                 ignore_iof_thr=-1,
             ),
-            sampler=dict(
-                type='RandomSampler', num=256, pos_fraction=0.5, neg_pos_ub=-1, add_gt_as_proposals=False
-            ),
+            sampler=dict(type='RandomSampler', num=256, pos_fraction=0.5, neg_pos_ub=-1, add_gt_as_proposals=False),
             allowed_border=-1,
             pos_weight=-1,
             debug=False,
         ),
-        rpn_proposal=dict(
-            nms_pre=500, max_per_img=300, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0
-        ),
+        rpn_proposal=dict(nms_pre=500, max_per_img=300, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0),
         rcnn=dict(
             assigner=dict(
                 type='MaxIoUAssigner',
@@ -97,9 +87,7 @@ model = dict(
                 match_low_quality=False,
                 ignore_iof_thr=-1,
             ),
-            sampler=dict(
-                type='RandomSampler', num=64, pos_fraction=0.25, neg_pos_ub=-1, add_gt_as_proposals=True
-            ),
+            sampler=dict(type='RandomSampler', num=64, pos_fraction=0.25, neg_pos_ub=-1, add_gt_as_proposals=True),
             pos_weight=-1,
             debug=False,
         ),
