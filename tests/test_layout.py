@@ -16,8 +16,7 @@ def setup_cfg() -> configparser.ConfigParser:
 
 def packages_in(folder: str, name: str) -> set[str]:
     return {
-        '.'.join([name, *path.parent.relative_to(ROOT / folder).parts])
-        for path in (ROOT / folder).rglob('__init__.py')
+        '.'.join([name, *path.parent.relative_to(ROOT / folder).parts]) for path in (ROOT / folder).rglob('__init__.py')
     }
 
 

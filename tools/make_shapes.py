@@ -16,12 +16,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE)
     parser.add_argument('root', help='folder to write: SPLIT/*.png and annotations/SPLIT.json')
     for split, images in zip(SPLITS, (2000, 256, 0), strict=True):
-        parser.add_argument(
-            f'--{split}', type=int, default=images, help=f'images, 0 for none (default: {images})'
-        )
-    parser.add_argument(
-        '--size', type=int, default=defaults.size, help='side in pixels (default: %(default)s)'
-    )
+        parser.add_argument(f'--{split}', type=int, default=images, help=f'images, 0 for none (default: {images})')
+    parser.add_argument('--size', type=int, default=defaults.size, help='side in pixels (default: %(default)s)')
     parser.add_argument(
         '--max-objects', type=int, default=defaults.max_objects, help='shapes an image (default: %(default)s)'
     )

@@ -16,9 +16,7 @@ EXAMPLE = 'example: python tools/tables.py --check'
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE)
     parser.add_argument('pages', nargs='*', type=Path, help='default: README.md and docs/*.md')
-    parser.add_argument(
-        '--check', action='store_true', help='write nothing; fail where a table is out of date'
-    )
+    parser.add_argument('--check', action='store_true', help='write nothing; fail where a table is out of date')
     return parser.parse_args()
 
 

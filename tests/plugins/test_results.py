@@ -47,9 +47,7 @@ def row() -> ResultRow:
 
 def test_rows_come_back_as_they_were_written(tmp_path, row) -> None:
     path = tmp_path / 'results' / 'toy.jsonl'
-    other = replace(
-        row, method='fp32', weight_bits=32, activation_bits=32, minutes=None, variant='long schedule'
-    )
+    other = replace(row, method='fp32', weight_bits=32, activation_bits=32, minutes=None, variant='long schedule')
     append_row(path, row)
     append_row(path, other)
     assert read_rows(path) == [row, other]

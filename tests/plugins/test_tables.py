@@ -6,9 +6,7 @@ from gplq.plugins.results import ResultError, ResultRow, append_row
 from gplq.plugins.tables import fill_tables, render_table
 
 
-def make_row(
-    method: str, weight_bits: int, activation_bits: int, value: float, seed: int = 0, **changes
-) -> ResultRow:
+def make_row(method: str, weight_bits: int, activation_bits: int, value: float, seed: int = 0, **changes) -> ResultRow:
     values: dict = dict(
         benchmark='toy',
         split='test',

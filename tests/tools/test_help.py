@@ -14,9 +14,7 @@ SCRIPTS = sorted(path.name for path in TOOLS.glob('*.py'))
 
 
 def test_readme_lists_every_tool_and_no_other() -> None:
-    listed = re.findall(
-        r'^\| `(\w+\.py)` \|', (TOOLS / 'README.md').read_text(encoding='utf-8'), re.MULTILINE
-    )
+    listed = re.findall(r'^\| `(\w+\.py)` \|', (TOOLS / 'README.md').read_text(encoding='utf-8'), re.MULTILINE)
     assert sorted(listed) == SCRIPTS
 
 

@@ -107,9 +107,7 @@ def test_written_annotations_agree_with_the_drawing(tmp_path) -> None:
     assert [c['name'] for c in coco.loadCats(coco.getCatIds())] == list(CLASSES)
     for index, record in enumerate(coco.loadImgs(coco.getImgIds())):
         image, instances = draw_image(settings, 'val', index)
-        np.testing.assert_array_equal(
-            cv2.imread(str(tmp_path / 'val' / record['file_name']))[:, :, ::-1], image
-        )
+        np.testing.assert_array_equal(cv2.imread(str(tmp_path / 'val' / record['file_name']))[:, :, ::-1], image)
         annotations = coco.loadAnns(coco.getAnnIds(record['id']))
         assert len(annotations) == len(instances)
         for annotation, instance in zip(annotations, instances, strict=True):
