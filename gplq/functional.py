@@ -26,8 +26,15 @@ def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None = None) -> Te
     return codes * scale if offset is None else (codes + offset) * scale
 
 
+def _steps(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """``x / scale - offset`` in memory of its own, in FP32 at least."""
+    # Memory that is written for the first time costs more than the arithmetic: what can be is done in place.
+    steps = x / scale if x.dtype == scale.dtype else x.to(scale.dtype).div_(scale)
+    return steps if offset is None else steps.sub_(offset)
+
+
 class _FakeQuantize(torch.autograd.Function):
-    """Quantize and dequantize in one node, so that only the unrounded codes are kept for backward.
+    """Quantize and dequantize in one node that keeps nothing for backward but its input.
 
     Gradients (LSQ, Esser et al. 2020, eq. 3; LSQ+ eq. 5 for the offset): to ``x`` straight through where no
     code is clipped, to ``scale`` the rounding error inside and the bound outside, to ``offset`` only where
@@ -44,34 +51,35 @@ class _FakeQuantize(torch.autograd.Function):
         qmax: int,
         scale_gradient: float,
     ) -> Tensor:
-        steps = x / scale
-        if offset is not None:
-            steps.sub_(offset)
-        ctx.save_for_backward(steps, scale, offset)
+        ctx.save_for_backward(x, scale, offset)
         ctx.bounds = (qmin, qmax)
         ctx.scale_gradient = scale_gradient
-        codes = steps.round().clamp_(qmin, qmax)
+        codes = _steps(x, scale, offset).round_().clamp_(qmin, qmax)
         if offset is not None:
             codes.add_(offset)
-        return codes.mul_(scale)
+        return codes.mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        steps, scale, offset = ctx.saved_tensors
+        x, scale, offset = ctx.saved_tensors
+        steps = _steps(x, scale, offset)
+        gradient = gradients[0].to(steps.dtype)
         qmin, qmax = ctx.bounds
-        inside = (steps >= qmin) & (steps <= qmax)
-        to_x = gradient * inside if ctx.needs_input_grad[0] else None
+        # One pass instead of two comparisons, their conjunction and a product: this is on every training step.
+        to_x = torch.ops.aten.hardtanh_backward(gradient, steps, qmin, qmax)
         to_scale = to_offset = None
         if ctx.needs_input_grad[1]:
-            codes = steps.round().clamp_(qmin, qmax)
-            slope = codes.sub_(steps.mul(inside))
+            # code - inside * steps, times the gradient, where inside * gradient is what x was given.
+            slope = steps.round().clamp_(qmin, qmax)
             if offset is not None:
-                slope.add_(offset * ~inside)
-            to_scale = slope.mul_(gradient).sum_to_size(scale.shape) * ctx.scale_gradient
+                slope.add_(offset)
+            slope.mul_(gradient).addcmul_(to_x, steps, value=-1)
+            if offset is not None:
+                slope.addcmul_(to_x, offset.expand_as(to_x), value=-1)
+            to_scale = slope.sum_to_size(scale.shape) * ctx.scale_gradient
         if offset is not None and ctx.needs_input_grad[2]:
-            to_offset = (gradient * ~inside * scale).sum_to_size(offset.shape) * ctx.scale_gradient
-        return to_x, to_scale, to_offset, None, None, None
+            to_offset = ((gradient - to_x) * scale).sum_to_size(offset.shape) * ctx.scale_gradient
+        return to_x.to(x.dtype), to_scale, to_offset, None, None, None
 
 
 def fake_quantize(
@@ -96,13 +104,7 @@ def fake_quantize(
         The quantized values, shape and dtype of ``x``; computed in at least FP32, since bfloat16 cannot tell
         neighboring 8-bit codes apart.
     """
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     result: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
-        wide,
-        scale.to(wide.dtype),
-        None if offset is None else offset.to(wide.dtype),
-        qmin,
-        qmax,
-        scale_gradient,
+        x, scale, offset, qmin, qmax, scale_gradient
     )
-    return result.to(x.dtype)
+    return result

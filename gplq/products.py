@@ -51,8 +51,9 @@ def scaled_dot_product_parts(
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], dim=-3)
+    # On the query, which is smaller than the scores; a quantizer's scale absorbs it.
+    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
     scores = query_key(query, key.transpose(-2, -1))
-    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~causal, float('-inf'))

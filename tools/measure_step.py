@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from gplq import calibrate, prepare
@@ -86,6 +87,7 @@ def build(cfg: Config, method: str) -> Callable[[Any], None]:
 
 
 def batches(cfg: Config, count: int) -> list[Any]:
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
     loader = Runner.build_dataloader(copy.deepcopy(cfg.train_dataloader), seed=0)
     iterator = iter(loader)
     return [next(iterator) for _ in range(count)]
