@@ -75,7 +75,7 @@ class Floating:
 
 @dataclass(frozen=True)
 class Plan:
-    """All decisions about one model."""
+    """All decisions about one model; ``norms`` pairs each LayerNorm with the one layer that reads it."""
 
     recipe: Recipe
     maps: tuple[MapPlan, ...] = ()
@@ -84,6 +84,7 @@ class Plan:
     floating: tuple[Floating, ...] = ()
     blocks: tuple[str, ...] = ()
     multiheads: tuple[str, ...] = ()
+    norms: tuple[tuple[str, str], ...] = ()
 
     def operands(self) -> dict[str, OperandPlan]:
         """Every quantizer by name, as ``named_quantizers`` gives them."""
@@ -149,6 +150,7 @@ class Plan:
                 ),
                 blocks=tuple(_text(b) for b in _list(values['blocks'])),
                 multiheads=tuple(_text(m) for m in _list(values['multiheads'])),
+                norms=tuple((_text(pair[0]), _text(pair[1])) for pair in _list(values['norms'])),
             )
         except CheckpointError:
             raise

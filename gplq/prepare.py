@@ -176,6 +176,7 @@ class _Planner:
             floating=tuple(self.floating + self._by_design()),
             blocks=tuple(self._blocks({p.owner for p in products})),
             multiheads=self.targets.multiheads,
+            norms=tuple(self._norms(maps)),
         )
 
     # Layers
@@ -443,6 +444,22 @@ class _Planner:
             if self.trace.ran.count(name) == 1 and any(o == name or o.startswith(name + '.') for o in owners):
                 found.append(name)
         return [n for n in found if not any(other.startswith(n + '.') for other in found)]
+
+    def _norms(self, maps: list[MapPlan]) -> list[tuple[str, str]]:
+        """LayerNorms that one layer alone reads, with that layer: its input scales can move into them."""
+        readers: dict[str, set[str]] = defaultdict(set)
+        sources: dict[str, set[str]] = defaultdict(set)
+        for call in self.trace.linears:
+            readers[call.norm].add(call.layer)
+            sources[call.layer].add(call.norm)
+        pairs = []
+        for a_map in maps:
+            norm = next(iter(sources[a_map.name]), '')
+            alone = norm and sources[a_map.name] == {norm} and readers[norm] == {a_map.name}
+            foldable = a_map.kind == 'linear' and a_map.input is not None and not a_map.input.spec.offset
+            if alone and foldable and norm not in self.trace.shared_norms:
+                pairs.append((norm, a_map.name))
+        return pairs
 
     def _by_design(self) -> list[Floating]:
         counts: dict[str, int] = defaultdict(int)

@@ -41,6 +41,7 @@ class Recipe:
         balance: adds scales that even out the folded weight columns to the search.
         fold: quantize weights with the input scales folded in. Without it per-channel scales cannot leave the
             integer product, and :mod:`gplq.integer` refuses the layer: an ablation, not a deployment.
+        fold_layernorm: let the LayerNorm before a layer divide by its input scales, where nothing else reads it.
         linear_observer: of inputs with one scale (convolutions, or linear_input='tensor').
         product_observer: of queries, keys, values and attention maps.
         gelu_output: GELU outputs signed a channel, or unsigned with a learned offset.
@@ -63,6 +64,7 @@ class Recipe:
     clips: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
     balance: bool = True
     fold: bool = True
+    fold_layernorm: bool = True
     linear_observer: str = 'mse'
     product_observer: str = 'mse'
     gelu_output: GeluOutput = 'signed'

@@ -55,6 +55,7 @@ class _Tag:
     layers: frozenset[str] = frozenset()
     gelu: bool = False
     image: bool = False
+    norm: str = ''
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class LinearCall:
     """A Linear or Conv2d (or other convolution) that ran.
 
     ``layer`` is the module that holds the weight, empty if none does; ``owner`` the module whose forward called
-    it. ``shape`` is the input's.
+    it. ``shape`` is the input's, ``norm`` the LayerNorm whose very output it is, empty if none.
     """
 
     layer: str
@@ -73,6 +74,7 @@ class LinearCall:
     after_gelu: bool
     on_image: bool
     constant: bool
+    norm: str
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Trace:
     blocks: list[str] = field(default_factory=list)
     ran: list[str] = field(default_factory=list)
     final_layers: frozenset[str] = frozenset()
+    shared_norms: set[str] = field(default_factory=set)
 
 
 @contextlib.contextmanager
@@ -135,6 +138,8 @@ def trace_forward(model: nn.Module, forward: Callable[[nn.Module], Any]) -> tupl
             output = forward(model)
     # Logits are (batch, classes); feature maps and token sequences have more dimensions.
     tracer.trace.final_layers = frozenset().union(*(tracer.layers_behind(x) for x in _tensors(output) if x.dim() == 2))
+    # What leaves the model may be read by anyone.
+    tracer.trace.shared_norms |= {tracer.norm_behind(x) for x in _tensors(output)}
     return tracer.trace, output
 
 
@@ -230,11 +235,25 @@ class _Tracer(TorchFunctionMode):
             layers=layers if not learned or func is F.linear else frozenset(),
             gelu=func is F.gelu or (func in _MOVES and bool(tags) and tags[0].gelu),
             image=not learned and any(tag.image for tag in tags),
+            norm=self._follow_norm(func, args, kwargs, tags, output),
         )
         for x in _tensors(output):
             if not isinstance(x, nn.Parameter):
                 self._mark(x, tag)
         return output
+
+    def _follow_norm(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tags: list[_Tag], output: Any
+    ) -> str:
+        """The LayerNorm whose output the result still is; notes those that something else than a layer reads."""
+        if func is F.layer_norm:
+            weight = kwargs.get('weight', args[2] if len(args) > 2 else None)
+            return str(self._layers.get(id(weight), ('', None))[0])
+        if func in _MOVES:
+            return tags[0].norm if tags else ''
+        if func is not F.linear and any(True for _ in _tensors(output)):
+            self.trace.shared_norms |= {tag.norm for tag in tags if tag.norm}
+        return ''
 
     def _softmax(self, x: Tensor, output: Tensor) -> None:
         tag = self._tag(x)
@@ -254,6 +273,7 @@ class _Tracer(TorchFunctionMode):
 
     def _record_product(self, left: Tensor, right: Tensor, output: Tensor, *, einsum: bool = False) -> None:
         tags = self._tag(left), self._tag(right)
+        self.trace.shared_norms |= {tag.norm for tag in tags if tag.norm}
         inner = left.shape[-1]
         call = ProductCall(
             stack=tuple(self._running),
@@ -290,6 +310,10 @@ class _Tracer(TorchFunctionMode):
 
         return scaled_dot_product_parts(query_key, attention_value, *args, **kwargs)
 
+    def norm_behind(self, x: Tensor) -> str:
+        """The LayerNorm whose very output ``x`` is."""
+        return self._tag(x).norm
+
     def layers_behind(self, x: Tensor) -> frozenset[str]:
         """Linear layers from which ``x`` follows without any other parameter."""
         return self._tag(x).layers
@@ -308,6 +332,8 @@ class _Tracer(TorchFunctionMode):
         else:
             multiplications = output.numel() * (weight.numel() // weight.shape[0])
         tag = self._tag(x)
+        if tag.norm and not layer:
+            self.trace.shared_norms.add(tag.norm)
         self.trace.linears.append(
             LinearCall(
                 layer=layer,
@@ -318,6 +344,7 @@ class _Tracer(TorchFunctionMode):
                 after_gelu=tag.gelu,
                 on_image=tag.image,
                 constant=tag.constant,
+                norm=tag.norm,
             )
         )
         return str(layer)

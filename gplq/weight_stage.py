@@ -13,6 +13,7 @@ from gplq.batches import Forward, default_forward
 from gplq.column_statistics import ColumnStatistics, observe_columns
 from gplq.compensation import compensate
 from gplq.errors import StageError
+from gplq.layernorm_folding import fold_into_layernorms
 from gplq.progress import Progress, no_progress
 from gplq.record import Stage, named_quantizers, record_of, weight_views
 from gplq.rounding import round_view
@@ -77,4 +78,7 @@ def quantize_weights(
             round_view(view, recipe, statistics.pop(view.name, None))
         if reference is not None and batches is not None:
             compensate(model, reference, batches, forward, progress)
+        if recipe.fold_layernorm and pending:
+            count = fold_into_layernorms(model)
+            _log.info('input scales moved into %d LayerNorms', count)
     record.stage = Stage.QUANTIZED

@@ -1,0 +1,65 @@
+"""A LayerNorm in front of a quantized layer can divide by its input scales."""
+
+import pytest
+import torch
+from torch import nn
+
+import gplq
+from gplq.layernorm_folding import fold_into_layernorms
+from gplq.record import record_of, weight_views
+
+
+class Block(nn.Module):
+    """A norm that one layer reads, one that two read, and one that leaves the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alone, self.two, self.last = nn.LayerNorm(6), nn.LayerNorm(6), nn.LayerNorm(6)
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = x + self.a(self.alone(x).reshape(-1, 6)).reshape(x.shape)
+        shared = self.two(x)
+        return self.last(x + self.b(shared) + self.c(shared))
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(16, 4, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2, 4, 8, 16, 32])
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Block().eval()
+
+
+def test_finds_the_norm_that_one_layer_alone_reads(model, inputs):
+    plan = gplq.prepare(model, 'w8a8', inputs[:1])
+    assert plan.norms == (('alone', 'a'),)
+
+
+def test_folding_keeps_the_function_and_the_codes(model, inputs):
+    recipe = gplq.Recipe.gplq(4, 4, fold_layernorm=False, exponents=(1.0,))
+    gplq.prepare(model, recipe, inputs[:1])
+    gplq.calibrate(model, [inputs])
+    gplq.quantize_weights(model, [inputs])
+    view = next(v for _, v in weight_views(model) if v.name == 'a')
+    before, scale = model(inputs), view.map.input.scale.detach().clone()
+    codes = view.map.weight.codes(view.matrix(), scale)
+    weight = model.alone.weight.detach().clone()
+
+    assert fold_into_layernorms(model) == 1
+    assert torch.allclose(model.alone.weight, weight / scale)
+    assert torch.equal(view.map.input.scale, torch.ones(6))
+    assert torch.equal(view.map.weight.codes(view.matrix(), torch.ones(6)), codes)
+    assert torch.allclose(model(inputs), before, atol=1e-4)
+
+
+def test_the_weight_stage_folds_when_told(model, inputs):
+    gplq.prepare(model, gplq.Recipe.gplq(4, 4), inputs[:1])
+    gplq.calibrate(model, [inputs])
+    gplq.quantize_weights(model, [inputs])
+    assert torch.equal(model.a.quantization.input.scale, torch.ones(6))
+    assert not torch.equal(model.b.quantization.input.scale, torch.ones(6))
+    assert record_of(model).plan.recipe.fold_layernorm
