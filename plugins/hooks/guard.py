@@ -29,11 +29,13 @@ class StepGuard:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
+        self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @contextmanager
     def attached(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """Watch until the context ends."""
         handles = [
+            model.register_forward_pre_hook(self._remember),
             model.register_forward_hook(self._losses, with_kwargs=True),
             optimizer.register_step_pre_hook(self._gradients),
         ]
@@ -42,6 +44,13 @@ class StepGuard:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _remember(self, module: nn.Module, args: Any) -> None:
+        """Keep the running statistics: the forward pass moves them, before its loss can be seen."""
+        if module.training:
+            moving = [m for m in module.modules() if m.training and isinstance(m, nn.modules.batchnorm._BatchNorm)]
+            buffers = [buffer for m in moving for buffer in m.buffers(recurse=False)]
+            self._statistics = [(buffer, buffer.clone()) for buffer in buffers]
 
     def _losses(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if module.training and isinstance(output, dict):
@@ -59,6 +68,8 @@ class StepGuard:
         try:
             check()
         except TrainingError as error:
+            for buffer, before in self._statistics:
+                buffer.copy_(before)
             runner = self._runner
             where = dict(epoch=runner.epoch, iter=runner.iter)
             runner.save_checkpoint(runner.work_dir, LAST_GOOD, meta=where)

@@ -12,6 +12,7 @@ from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 from torch import nn
 
+from gplq.batches import bounded
 from gplq.errors import CheckpointError
 from gplq.mimicking import FeatureTap, Mimicking, MimickingLoss, fit_mimicking_loss
 from gplq.pca import PCABasis
@@ -33,7 +34,7 @@ def make_mimicking(runner: Runner, settings: HookSettings, loader: Iterable[Any]
     loss = fit_mimicking_loss(
         teacher,
         FeatureTap(teacher, '', 'output'),
-        loader,
+        bounded(loader, stage.pca_samples),
         lambda twin, batch: twin(preprocess(model, batch)['inputs']),
         explained_variance=stage.explained_variance,
         rank=stage.rank,
