@@ -44,6 +44,15 @@ SHRUNK = {
         'model.backbone.embed_dims=24',
         'model.backbone.depths=[1,1,1,1]',
         'model.neck.in_channels=[24,48,96,192]',
+        'model.neck.out_channels=32',
+        'model.rpn_head.in_channels=32',
+        'model.rpn_head.feat_channels=32',
+        'model.roi_head.bbox_roi_extractor.out_channels=32',
+        'model.roi_head.bbox_head.in_channels=32',
+        'model.roi_head.bbox_head.fc_out_channels=64',
+        'model.roi_head.mask_roi_extractor.out_channels=32',
+        'model.roi_head.mask_head.in_channels=32',
+        'model.roi_head.mask_head.conv_out_channels=32',
         'model.train_cfg.rpn_proposal.nms_pre=50',
         'model.train_cfg.rpn_proposal.max_per_img=20',
         'model.test_cfg.rpn.max_per_img=20',
@@ -57,6 +66,9 @@ SHRUNK = {
         'model.backbone.num_layers=[1,1,1,1]',
         'model.backbone.embed_dims=16',
         'model.neck.in_channels=[16,32,80,128]',
+        'model.neck.out_channels=32',
+        'model.bbox_head.in_channels=32',
+        'model.bbox_head.feat_channels=32',
         'model.bbox_head.stacked_convs=1',
         'model.test_cfg.max_per_img=10',
         'model.test_cfg.score_thr=0.0',
@@ -71,6 +83,8 @@ SHRUNK = {
         'model.backbone.num_heads=[1,2,4,8]',
         'model.neck.in_channels=[24,48,96,192]',
         'model.encoder.num_layers=1',
+        'model.encoder.layer_cfg.ffn_cfg.feedforward_channels=64',
+        'model.decoder.layer_cfg.ffn_cfg.feedforward_channels=64',
         'model.decoder.num_layers=2',
         'model.test_cfg.max_per_img=10',
         'train_dataloader.dataset.pipeline.3.prob=[1.0,0.0]',
@@ -228,3 +242,32 @@ def test_two_lines_by_the_programs(program: str, name: str, user_config: Any, co
     (log,) = (tmp_path / 'test').glob('*/*.json')
     measured = json.loads(log.read_text())
     assert {key: measured[key] for key in last['metrics']} == pytest.approx(last['metrics'])
+
+
+def test_targets_reach_neck_and_heads(user_config: Any, coco: Path, tmp_path: Path) -> None:
+    path = user_config(SWIN)
+    targets = 'default_hooks.gplq.targets=[backbone,neck,rpn_head,roi_head]'
+
+    def runner(**changes: Any) -> Runner:
+        cfg = Config.fromfile(path)
+        cfg.merge_from_dict(parsed([*SHRUNK[SWIN], *SHORT, *data_options(coco), targets]))
+        cfg.merge_from_dict({'work_dir': str(tmp_path / 'run'), **changes})
+        cfg.experiment_name = f'{tmp_path.name}{len(changes)}'
+        return Runner.from_cfg(cfg)
+
+    trained = runner()
+    trained.train()
+    last = check_run(tmp_path / 'run')
+    kinds = {(site.name.split('.')[0], site.kind) for site in record_of(trained.model).plan.maps}
+    assert kinds == {
+        ('backbone', 'conv2d'),
+        ('backbone', 'linear'),
+        ('neck', 'conv2d'),
+        ('rpn_head', 'conv2d'),
+        ('roi_head', 'conv2d'),
+        ('roi_head', 'linear'),
+    }
+    steps = json.loads((tmp_path / 'run/gplq.json').read_text())
+    assert steps[2]['model_bytes'] < steps[0]['model_bytes'] / 3, 'heads are most of this detector'
+    again = runner(load_from=last['checkpoint'])
+    assert {key: pytest.approx(value) for key, value in again.test().items()} == last['metrics']
