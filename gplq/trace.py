@@ -159,6 +159,7 @@ class _Tracer(TorchFunctionMode):
         super().__init__()
         self.trace = Trace()
         self._names = {module: name for name, module in model.named_modules()}
+        self._modules = dict(model.named_modules())
         self._layers = {
             id(parameter): (name, module)
             for name, module in model.named_modules()
@@ -323,6 +324,10 @@ class _Tracer(TorchFunctionMode):
         x = args[0] if args else kwargs['input']
         weight = args[1] if len(args) > 1 else kwargs['weight']
         layer, _ = self._layers.get(id(weight), ('', None))
+        owner = self._running[-1] if self._running else ''
+        if self._modules[owner]._parameters.get('weight') is weight:
+            # Tied layers share the weight: the one that runs is meant.
+            layer = owner
         if func is F.linear:
             kind = 'linear'
         else:
@@ -337,7 +342,7 @@ class _Tracer(TorchFunctionMode):
         self.trace.linears.append(
             LinearCall(
                 layer=layer,
-                owner=self._running[-1] if self._running else '',
+                owner=owner,
                 kind=kind,
                 shape=tuple(x.shape),
                 multiplications=multiplications,

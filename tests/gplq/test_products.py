@@ -1,0 +1,184 @@
+"""Products by interception: the fused attention's parts, nested owners, copies, compiled and changing models."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gplq
+from gplq.errors import ProductError
+from gplq.products import is_product, scaled_dot_product_parts
+from gplq.record import named_products, named_quantizers
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        {},
+        {'scale': 0.3},
+        {'is_causal': True},
+        {'attn_mask': 'bool'},
+        {'attn_mask': 'float'},
+        {'attn_mask': 'float', 'scale': 1.0},
+        {'dropout_p': 0.0},
+    ],
+    ids=str,
+)
+def test_parts_equal_the_fused_attention(arguments: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, d, generator=generator) for n, d in ((4, 8), (5, 8), (5, 6)))
+    if 'attn_mask' in arguments:
+        mask = torch.rand(2, 1, 4, 5, generator=generator) > 0.4
+        mask[..., 0] = True
+        float_mask = torch.randn(2, 3, 4, 5, generator=generator)
+        arguments = {**arguments, 'attn_mask': mask if arguments['attn_mask'] == 'bool' else float_mask}
+    expected = F.scaled_dot_product_attention(query, key, value, **arguments)
+    found = scaled_dot_product_parts(torch.matmul, torch.matmul, query, key, value, **arguments)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_parts_equal_the_fused_attention_with_grouped_queries() -> None:
+    query, key, value = (torch.randn(2, heads, 4, 8) for heads in (6, 2, 2))
+    expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    found = scaled_dot_product_parts(torch.matmul, torch.matmul, query, key, value, enable_gqa=True)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_what_is_a_product() -> None:
+    x, weight = torch.ones(2, 2), nn.Parameter(torch.ones(2, 2))
+    assert is_product(torch.matmul, (x, x))
+    assert is_product(Tensor.__matmul__, (x, x))
+    assert is_product(torch.einsum, ('ij,jk->ik', x, x))
+    assert is_product(torch.einsum, ('ij,jk->ik', [x, x]))
+    assert not is_product(torch.matmul, (x, weight))
+    assert not is_product(torch.einsum, ('ij,jk,kl->il', x, x, x))
+    assert not is_product(torch.add, (x, x))
+
+
+class Einsum(nn.Module):
+    """Both products as einsum, one of them with its operands in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        scores = torch.einsum('bnd,bmd->bnm', q, k).softmax(-1)
+        return torch.einsum('bnm,bmd->bnd', [scores, v])
+
+
+def test_einsum_is_quantized() -> None:
+    model = nn.Sequential(Einsum(), nn.Linear(8, 8)).eval()
+    x = torch.randn(4, 5, 8)
+    plan = gplq.prepare(model, 'w8a2', x)
+    assert [(p.left.site, p.right.site) for p in plan.products] == [('query', 'key'), ('attention_map', 'value')]
+    expected = model(x)
+    gplq.calibrate(model, [x])
+    for name, quantizer in named_quantizers(model):
+        quantizer.enabled = ':1:attention_map' in name
+    assert not torch.allclose(model(x), expected)
+
+
+class Outer(nn.Module):
+    """An attention that runs another one inside its own forward."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        scores = (q @ k.transpose(-2, -1)).softmax(-1)
+        return scores @ self.inner(v)
+
+
+def test_nested_owners_count_their_own_products() -> None:
+    model = Outer(Outer(nn.Linear(8, 8))).eval()
+    x = torch.randn(4, 5, 8)
+    with torch.no_grad():
+        expected = model(x)
+    plan = gplq.prepare(model, 'w8a8', x)
+    assert [(p.owner, p.index) for p in plan.products] == [('', 0), ('inner', 0), ('inner', 1), ('', 1)]
+    assert [(o.name, o.product_calls) for o in plan.owners] == [('', 2), ('inner', 2)]
+    gplq.calibrate(model, [x])
+    with torch.no_grad():
+        assert float((model(x) - expected).norm() / expected.norm()) < 0.03
+
+
+class Moody(nn.Module):
+    """Leaves its attention out for long inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.num_heads = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if x.shape[1] > 5:
+            return v
+        return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def test_another_count_of_products_is_an_error_that_names_the_module() -> None:
+    model = nn.Sequential(Moody()).eval()
+    gplq.prepare(model, 'w4a4', torch.randn(2, 4, 8))
+    with pytest.raises(ProductError, match=r"0: 0 matrix products .* 2 .*skip=\('0',\)"):
+        model(torch.randn(2, 7, 8))
+    model(torch.randn(2, 4, 8))
+
+
+def test_a_copy_uses_its_own_scales(toy_vit: Callable[..., nn.Module], images: Tensor) -> None:
+    """As an average of weights is kept: the copy must not see what becomes of the original."""
+    model = toy_vit()
+    gplq.prepare(model, 'w4a4', images[:2])
+    gplq.calibrate(model, [images])
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = model(images)
+        for _, quantizer in named_quantizers(model):
+            quantizer.log_scale.add_(2.0)
+        for p in model.blocks.parameters():  # type: ignore[union-attr]
+            p.mul_(0.5)
+        assert torch.equal(twin(images), expected)
+        assert not torch.allclose(model(images), expected)
+    ours, theirs = dict(named_products(model)), dict(named_products(twin))
+    assert ours.keys() == theirs.keys()
+    assert not any(ours[name] is theirs[name] for name in ours)
+
+
+def test_pickling(toy_vit: Callable[..., nn.Module], images: Tensor) -> None:
+    # The toy's class lives in a conftest, which pickle cannot import: a part made of torch's own classes does.
+    model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2)).eval()
+    x = torch.randn(5, 2, 8)
+
+    def run(m: nn.Module) -> Tensor:
+        y = m[0](x)  # type: ignore[index]
+        out: Tensor = m[1](y, y, y)[0]  # type: ignore[index]
+        return out
+
+    gplq.prepare(model, 'w4a4', forward=run)
+    gplq.calibrate(model, [x], forward=lambda m, batch: run(m))
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(run(twin), run(model))
+    assert isinstance(twin[1], nn.MultiheadAttention)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fused', [False, True])
+def test_compiles_in_one_graph(toy_vit: Callable[..., nn.Module], images: Tensor, fused: bool) -> None:
+    model = toy_vit(depth=1, fused=fused)
+    gplq.prepare(model, 'w4a4', images[:2])
+    gplq.calibrate(model, [images])
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    with torch.no_grad():
+        assert torch.allclose(compiled(images), model(images), atol=1e-5)
