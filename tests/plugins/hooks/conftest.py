@@ -91,3 +91,9 @@ def steps_of() -> Callable[[Runner], list[dict[str, Any]]]:
         return json.loads((Path(runner.work_dir) / 'gplq.json').read_text(encoding='utf-8'))
 
     return read
+
+
+@pytest.fixture(autouse=True)
+def plain_config_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the layout of dumped configs, which takes mmengine longer than all else that is tested here."""
+    monkeypatch.setattr('mmengine.config.config.FormatCode', lambda text, **options: (text, True))
