@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from gplq.errors import ProductError
+from gplq.fused_attention import quantized_attention
 from gplq.layers.linear import QuantizedLinear
 from gplq.quantizer import Quantizer
 
@@ -97,6 +98,11 @@ class QuantizedProduct(nn.Module):
     def active(self) -> bool:
         """Whether the operands must be seen: a quantizer is enabled or observing."""
         return self.watcher is not None or any(q.enabled or q.observer is not None for q in self.operands)
+
+    @property
+    def settled(self) -> bool:
+        """Whether both operands are quantized and nobody looks on."""
+        return self.watcher is None and all(q.enabled and q.observer is None for q in self.operands)
 
     def forward(self, left: Tensor, right: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         quantize_left, quantize_right = self.operands
@@ -185,6 +191,9 @@ class _ProductMode(TorchFunctionMode):
         query_key, attention_value = self._next(), self._next()
         if query_key is None and attention_value is None:
             return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+        if query_key is not None and attention_value is not None:
+            if query_key.settled and attention_value.settled and _is_plain(*args, **kwargs):
+                return _fused(query_key, attention_value, query, key, value, *args, **kwargs)
         return scaled_dot_product_parts(
             _multiplier(query_key), _multiplier(attention_value), query, key, value, *args, **kwargs
         )
@@ -201,3 +210,46 @@ def _multiplier(product: QuantizedProduct | None) -> Callable[[Tensor, Tensor], 
     if product is None:
         return torch.matmul
     return lambda left, right: product(left, right, torch.matmul)
+
+
+def _is_plain(
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> bool:
+    """Whether an attention is no more than a softmax with an additive mask."""
+    additive = attn_mask is None or attn_mask.is_floating_point()
+    return additive and dropout_p == 0 and not is_causal and not enable_gqa
+
+
+def _fused(
+    query_key: QuantizedProduct,
+    attention_value: QuantizedProduct,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    quantize_query, quantize_key = query_key.operands
+    quantize_map, quantize_value = attention_value.operands
+    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+    steps = quantize_map.scale
+    if quantize_map.merged_heads:
+        steps = steps.repeat(query.shape[0] // quantize_map.merged_heads, 1, 1)
+    return quantized_attention(
+        quantize_query(query),
+        # As it lies in the product, so that its scales do too.
+        quantize_key(key.transpose(-2, -1)).transpose(-2, -1),
+        quantize_value(value),
+        attn_mask,
+        steps,
+        quantize_map.spec.qmin,
+        quantize_map.spec.qmax,
+        quantize_map.scale_gradient,
+    )
