@@ -45,7 +45,7 @@ class Scale:
 
 
 FULL = Scale(train=2000, val=256, epochs=Config.fromfile(FP32_CONFIG).max_epochs)
-QUICK = Scale(train=160, val=32, epochs=2)
+QUICK = Scale(train=160, val=16, epochs=2)
 
 
 @dataclass(frozen=True)
