@@ -35,7 +35,7 @@ def calibration_loader(runner: Runner, settings: HookSettings, samples: int) -> 
     dataset_config = _innermost(copy.deepcopy(config['dataset']))
     evaluation = runner.cfg.get('val_dataloader') or runner.cfg.get('test_dataloader')
     if evaluation is not None and 'pipeline' in dataset_config:
-        dataset_config['pipeline'] = copy.deepcopy(_innermost(evaluation['dataset'])['pipeline'])
+        dataset_config['pipeline'] = _annotated(copy.deepcopy(_innermost(evaluation['dataset'])['pipeline']))
     dataset = DATASETS.build(dataset_config)
     if hasattr(dataset, 'full_init'):
         dataset.full_init()
@@ -48,6 +48,13 @@ def calibration_loader(runner: Runner, settings: HookSettings, samples: int) -> 
         collate_fn=_collate(config.get('collate_fn')),
         num_workers=0,
     )
+
+
+def _annotated(pipeline: list[Any]) -> list[Any]:
+    """Annotations read before the image is resized, so that they follow it; evaluation compares in the original."""
+    reads = [step for step in pipeline if str(step['type']).endswith('LoadAnnotations')]
+    rest = [step for step in pipeline if step not in reads]
+    return [*rest[:1], *reads, *rest[1:]]
 
 
 def _collate(config: Any) -> Callable[[Any], Any]:

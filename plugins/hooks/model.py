@@ -68,8 +68,12 @@ class PartForward:
 
 
 def whole_forward(model: nn.Module, batch: Any) -> Any:
-    """Runs the whole model on a batch as training does, heads on ground truth included."""
-    return model(**preprocess(model, batch), mode='loss')
+    """Runs the whole model on a batch, every head included.
+
+    A second stage sees objects only where the first has found some, except in training, which adds the ground truth
+    to its proposals. Models of one stage predict: some compute their loss only in training mode.
+    """
+    return model(**preprocess(model, batch), mode='loss' if hasattr(model, 'roi_head') else 'predict')
 
 
 def preprocess(model: nn.Module, batch: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gplq.plugins.detection  # noqa: F401  isort: skip
@@ -23,6 +24,8 @@ from mmengine.runner import Runner
 
 import gplq as core
 from gplq.plugins.detection.shapes import ShapesSettings, write_split
+from gplq.plugins.hooks.data import calibration_loader
+from gplq.plugins.hooks.settings import HookSettings
 from gplq.record import record_of
 
 ROOT = Path(__file__).parents[3]
@@ -271,3 +274,35 @@ def test_targets_reach_neck_and_heads(user_config: Any, coco: Path, tmp_path: Pa
     assert steps[2]['model_bytes'] < steps[0]['model_bytes'] / 3, 'heads are most of this detector'
     again = runner(load_from=last['checkpoint'])
     assert {key: pytest.approx(value) for key, value in again.test().items()} == last['metrics']
+
+
+def test_targets_reach_the_whole_of_a_detr(user_config: Any, coco: Path, tmp_path: Path) -> None:
+    path = user_config(DINO)
+    cfg = Config.fromfile(path)
+    cfg.merge_from_dict(parsed([*SHRUNK[DINO], *SHORT, *data_options(coco)]))
+    cfg.merge_from_dict({'work_dir': str(tmp_path / 'run')})
+    cfg.default_hooks.gplq.targets = ['backbone', 'encoder', 'decoder']
+    cfg.experiment_name = tmp_path.name
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    check_run(tmp_path / 'run')
+    plan = record_of(runner.model).plan
+    assert 'decoder.layers.0.self_attn.attn' in plan.multiheads
+    assert any(site.name == 'encoder.layers.0.self_attn.value_proj' for site in plan.maps)
+
+
+def test_calibration_annotations_are_those_of_the_resized_image(user_config: Any, coco: Path, tmp_path: Path) -> None:
+    cfg = Config.fromfile(user_config(SWIN))
+    cfg.merge_from_dict(parsed(data_options(coco)))
+    cfg.merge_from_dict({'val_dataloader.dataset.pipeline.1.scale': (128, 128), 'work_dir': str(tmp_path)})
+    init_default_scope('mmdet')
+    stub = SimpleNamespace(cfg=cfg)
+    batch = next(iter(calibration_loader(stub, HookSettings.from_config(), 1)))  # type: ignore[arg-type]
+    (sample,) = batch['data_samples']
+    truth = {a['image_id']: [] for a in json.loads((coco / 'annotations/train.json').read_text())['annotations']}
+    for annotation in json.loads((coco / 'annotations/train.json').read_text())['annotations']:
+        truth[annotation['image_id']].append(annotation['bbox'])
+    expected = torch.tensor(truth[sample.img_id]) * 2  # 64 pixels became 128
+    expected[:, 2:] += expected[:, :2]
+    assert batch['inputs'][0].shape == (3, 128, 128)
+    torch.testing.assert_close(sample.gt_instances.bboxes.tensor, expected, rtol=0, atol=1e-3)
