@@ -27,7 +27,7 @@ def take_over(runner: Runner, settings: HookSettings) -> list[Change]:
     Returns:
         Every value that was changed.
     """
-    changes = [_set_length(runner, settings)]
+    changes = _set_length(runner, settings)
     changes += _set_optimizer(runner, settings)
     if runner.param_schedulers:
         before = ', '.join(type(s).__name__ for s in _listed(runner.param_schedulers))
@@ -62,14 +62,16 @@ def table(changes: list[Change]) -> str:
     return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def _set_length(runner: Runner, settings: HookSettings) -> Change:
+def _set_length(runner: Runner, settings: HookSettings) -> list[Change]:
     loop = runner.train_loop
     epoch = len(loop.dataloader)
     before = f'{loop.max_iters} iterations'
+    by_epoch = not isinstance(loop, IterBasedTrainLoop)
+    validation = f'every {loop.val_interval} {"epochs" if by_epoch else "iterations"}'
     length = settings.iterations
     if length is None:
         length = stage_iterations(epoch, loop.max_iters, settings.minimum_iterations)
-    if isinstance(loop, IterBasedTrainLoop):
+    if not by_epoch:
         loop._max_iters = length
         loop.val_interval = max(1, length)
         loop.dynamic_milestones, loop.dynamic_intervals = [0], [loop.val_interval]
@@ -80,7 +82,8 @@ def _set_length(runner: Runner, settings: HookSettings) -> Change:
     else:
         runner._train_loop = IterBasedTrainLoop(runner, loop.dataloader, max_iters=length, val_interval=max(1, length))
         runner.log_processor.by_epoch = False
-    return 'length', before, f'{length} iterations ({length / epoch:.2f} epochs)'
+    changes = [('length', before, f'{length} iterations ({length / epoch:.2f} epochs)')]
+    return [*changes, ('validation', validation, 'at the end')] if runner.val_loop is not None else changes
 
 
 def _set_optimizer(runner: Runner, settings: HookSettings) -> list[Change]:
@@ -92,6 +95,11 @@ def _set_optimizer(runner: Runner, settings: HookSettings) -> list[Change]:
         ('lr', f'{old.defaults["lr"]:g}', f'{stage.lr:g}'),
         ('weight_decay', f'{old.defaults.get("weight_decay", 0):g}', f'{stage.weight_decay:g}'),
     ]
+    if 'betas' in old.defaults:
+        changes.append(('betas', str(tuple(old.defaults['betas'])), '(0.9, 0.999)'))
+    rates = {(group.get('initial_lr', group['lr']), group.get('weight_decay')) for group in old.param_groups}
+    if len(rates) > 1:
+        changes.append(('rates of layers', f'{len(rates)} different', 'all alike'))
     groups = parameter_groups(model_of(runner), stage)
     wrapper.optimizer = torch.optim.AdamW(groups, lr=stage.lr, weight_decay=stage.weight_decay)
     if wrapper.base_param_settings is not None:

@@ -55,10 +55,11 @@ def test_the_hook_owns_the_schedule(rates: Callable, log_of: Callable[[Runner], 
     assert len(optimizer.param_groups[0]['params']) + len(scales) == len(list(runner.model.parameters()))
     assert [group['weight_decay'] for group in optimizer.param_groups] == [0.0, 0.0]
     table = log_of(runner).partition('GPLQ changed the schedule')[2].partition('\n')[2]
-    rows = [re.split(r'\s{2,}', line.strip()) for line in table.splitlines()[:9]]
-    assert rows[:9] == [
+    rows = [re.split(r'\s{2,}', line.strip()) for line in table.splitlines()[:10]]
+    assert rows == [
         ['setting', 'config', 'activation stage'],
         ['length', '320 iterations', '3 iterations (0.38 epochs)'],
+        ['validation', 'every 1 epochs', 'at the end'],
         ['optimizer', 'SGD', 'AdamW'],
         ['lr', '0.02', '5e-06'],
         ['weight_decay', '0.1', '0'],
@@ -94,6 +95,20 @@ def test_iteration_based_training(rates: Callable) -> None:
     runner, watch = rates(change, iterations=None)
     assert isinstance(runner.train_loop, IterBasedTrainLoop)
     assert runner.iter == len(watch.rates) == 5, 'a tenth of 50'
+
+
+def test_lost_differences_between_layers_are_listed(rates: Callable, log_of: Callable[[Runner], str]) -> None:
+    def change(config: Config) -> None:
+        config.optim_wrapper.optimizer = dict(type='AdamW', lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+        config.optim_wrapper.paramwise_cfg = dict(custom_keys=dict(backbone=dict(lr_mult=0.1)))
+
+    runner, watch = rates(change, iterations=1)
+    # mmengine lists the base rate as a third.
+    assert watch.rates == [[5e-6, 1e-3, 5e-6]]
+    log = log_of(runner)
+    assert re.search(r'^rates of layers +2 different +all alike', log, re.M)
+    assert re.search(r'^betas +\(0.9, 0.95\) +\(0.9, 0.999\)', log, re.M)
+    assert not re.search(r'^weight_decay', log, re.M), 'it is 0 before and after'
 
 
 def test_rates_can_be_set(rates: Callable) -> None:
