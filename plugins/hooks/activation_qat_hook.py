@@ -21,6 +21,7 @@ from gplq.plugins.hooks.data import calibration_loader
 from gplq.plugins.hooks.guard import StepGuard
 from gplq.plugins.hooks.model import PartForward, blank_forward, model_of, part_of, rewrap, synchronize, whole_forward
 from gplq.plugins.hooks.progress import logged_progress
+from gplq.plugins.hooks.randomness import random_states_kept
 from gplq.plugins.hooks.report import Report, evaluate
 from gplq.plugins.hooks.schedule import keep_schedule, table, take_over
 from gplq.plugins.hooks.settings import HookSettings
@@ -139,7 +140,8 @@ class ActivationQATHook(Hook):
             self.report.resume(runner)
             self._attach(runner, model, resumed=True)
         else:
-            self._start(runner, model)
+            with random_states_kept():
+                self._start(runner, model)
         self._started = time.monotonic()
 
     def _start(self, runner: Runner, model: nn.Module) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 import gplq
@@ -166,3 +169,25 @@ def test_weight_hook_alone_quantizes_an_fp32_model(
     runner = train(change=only_weights)
     assert [step['step'] for step in steps_of(runner)] == ['FP32', 'W32A4', 'W4A4']
     assert 'plain post-training quantization' in log_of(runner)
+
+
+def test_control_and_quantized_training_draw_the_same_numbers(make_config: Callable[..., Config]) -> None:
+    class Draw(Hook):
+        def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+            if runner.iter == 0:
+                # Without moving them: the first number that each generator would give.
+                states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+                self.drawn = float(torch.rand(())), float(np.random.rand()), random.random()
+                torch.set_rng_state(states[0])
+                np.random.set_state(states[1])
+                random.setstate(states[2])
+                self.images = torch.stack(data_batch['inputs'])
+
+    seen = []
+    for bits, options in ((32, {}), (4, {}), (4, dict(validate_fp32=False, mimicking=False))):
+        runner = Runner.from_cfg(make_config(str(len(seen)), weight_bits=bits, activation_bits=bits, **options))
+        seen.append(Draw())
+        runner.register_hook(seen[-1])
+        runner.train()
+    assert seen[0].drawn == seen[1].drawn == seen[2].drawn
+    assert torch.equal(seen[0].images, seen[1].images) and torch.equal(seen[0].images, seen[2].images)
