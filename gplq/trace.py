@@ -43,6 +43,12 @@ _MOVES = frozenset(
         F.pad,
     }
 )
+# Operations that add tensors or put them side by side, whose result still follows from layers alone.
+_JOINS = frozenset(
+    {torch.add, torch.sub, torch.cat, torch.stack, torch.concat}
+    | {Tensor.add, Tensor.sub, Tensor.add_, Tensor.sub_}
+    | {getattr(Tensor, f'__{name}__') for name in ('add', 'radd', 'iadd', 'sub', 'rsub', 'isub')}
+)
 
 
 @dataclass(frozen=True)
@@ -224,6 +230,9 @@ class _Tracer(TorchFunctionMode):
             self._softmax(args[0], output)
             return output
         layers = frozenset().union(*(tag.layers for tag in tags))
+        if func not in _JOINS and sum(bool(tag.layers) for tag in tags) > 1:
+            # One activation times another, or a kernel of its own: no longer what a layer put out.
+            layers = frozenset()
         if func is F.linear or func in _CONV or func in _OTHER_CONV:
             layers = frozenset({self._linear(func, args, kwargs, output)})
         elif func is F.multi_head_attention_forward:

@@ -65,12 +65,15 @@ def test_settings(arguments: dict[str, Any], error: type[GPLQError], message: st
     refused(make_config(**arguments), error, message)
 
 
+@pytest.mark.parametrize('seen', [False, True])
 @pytest.mark.parametrize('hidden', ['query-key', 'attention-value'])
 def test_attention_whose_products_cannot_be_found(
-    hidden: str, make_config: MakeConfig, toy: ModuleType, monkeypatch: Any
+    hidden: str, seen: bool, make_config: MakeConfig, toy: ModuleType, monkeypatch: Any
 ) -> None:
     def by_kernel(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        # As from an extension that nobody can look into.
+        # As from an extension that nobody can look into, or that at least calls itself an operator.
+        if seen:
+            return torch.ops.aten.matmul.default(left, right)
         with torch._C.DisableTorchFunction():
             return left @ right
 
@@ -82,7 +85,7 @@ def test_attention_whose_products_cannot_be_found(
         return self.proj(y.transpose(1, 2).reshape(b, n, c))
 
     monkeypatch.setattr(toy.Attention, 'forward', forward)
-    refused(make_config(), ProductError, f'backbone.blocks.0.attn: the {hidden} product .* skip')
+    refused(make_config(), ProductError, rf'backbone.blocks.\d.attn: the {hidden} product .* skip')
 
 
 def test_nothing_is_loaded(make_config: MakeConfig) -> None:
