@@ -3,4 +3,4 @@
 _base_ = './mask_rcnn_vit-tiny_shapes.py'
 
 default_hooks = dict(gplq=dict(type='gplq.plugins.GPLQHook', weight_bits=4, activation_bits=4))
-load_from = 'work_dirs/mask_rcnn_vit-tiny_shapes/epoch_12.pth'
+load_from = 'work_dirs/mask_rcnn_vit-tiny_shapes/epoch_5.pth'

@@ -100,7 +100,7 @@ def peak_memory(cfg: Config, method: str) -> float:
     with measure() as cost:
         for batch in data:
             step(batch)
-    return cost.peak_memory_mb
+    return float(cost.peak_memory_mb)
 
 
 def main() -> None:
