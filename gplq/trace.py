@@ -260,7 +260,12 @@ class _Tracer(TorchFunctionMode):
             weight = kwargs.get('weight', args[2] if len(args) > 2 else None)
             return str(self._layers.get(id(weight), ('', None))[0])
         if func in _MOVES:
-            return tags[0].norm if tags else ''
+            norm = tags[0].norm if tags else ''
+            # What a norm put out by channels must still lie so: token mixers turn it around first.
+            if norm and (output.shape[-1], output.stride(-1)) != (args[0].shape[-1], args[0].stride(-1)):
+                self.trace.shared_norms.add(norm)
+                return ''
+            return norm
         if func is not F.linear and any(True for _ in _tensors(output)):
             self.trace.shared_norms |= {tag.norm for tag in tags if tag.norm}
         return ''
