@@ -237,8 +237,11 @@ def _absorb_affine(
     shift = torch.where(better, shift, torch.zeros_like(shift)).float()
     quantizer = view.map.weight
     assert quantizer is not None
+    # Through the codes, so that the values are those that a saved file restores, to the last bit.
+    columns = view.map.column_scale.expand(view.matrix().shape[1])
+    codes = quantizer.codes(view.matrix(), columns)
     quantizer.scale.mul_(gain)
-    view.write(view.matrix() * gain[:, None])
+    view.write(quantizer.restore(codes, columns))
     own = torch.zeros_like(shift) if bias is None else bias
     correction = view.map.bias_correction
     correction.copy_(gain * (own + correction) + shift - own)

@@ -23,7 +23,7 @@ from timm import models  # noqa: E402
 BATCH = 8
 CLASSES = 10
 # The searches at few candidates: what is tested here is the breadth, not the accuracy.
-RECIPE = gplq.Recipe.gplq(8, 8, exponents=(0.0, 0.5, 1.0), clips=(1.0,), compensation='none')
+RECIPE = gplq.Recipe.gplq(8, 8, exponents=(0.0, 0.5, 1.0), clips=(1.0,), compensation='none', rounding='nearest')
 
 
 @dataclass(frozen=True)
@@ -347,9 +347,6 @@ def randomized(model: nn.Module) -> nn.Module:
                     p.copy_(0.5 + 0.1 * noise)
                 else:
                     p.copy_(0.2 * noise)
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                # Training must not move statistics that never belonged to these weights.
-                module.momentum = 0.0
     return model.eval()
 
 
@@ -422,7 +419,7 @@ def add_rounding_noise(quantizer: Quantizer, x: Tensor) -> Tensor:
     return x + (torch.rand_like(x) - 0.5) * quantizer.broadcast(quantizer.scale, x) if quantizer.enabled else x
 
 
-SLOW = ('nextvit', 'mobilevit', 'mobilevit_v2', 'botnet', 'halonet')
+SLOW = ('gemma4_vit', 'nextvit', 'mobilevit', 'mobilevit_v2', 'botnet', 'halonet')
 
 
 @pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FAMILIES])
@@ -451,6 +448,10 @@ def test_verbs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert activations_only <= 0.02 + 2.5 * noise
 
     def task(trained: nn.Module, batch: Tensor) -> Tensor:
+        # The statistics never belonged to these weights: training by those of the batch is another function.
+        for module in trained.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         return (trained(batch) / expected.abs().max()).square().mean()
 
     stage = gplq.ActivationStage(lr=1e-6, scale_lr=1e-4, rank=2)
