@@ -34,7 +34,9 @@ def fold_into_layernorms(model: nn.Module) -> int:
         norm.weight.div_(scale)
         if isinstance(norm.bias, nn.Parameter):
             norm.bias.div_(scale)
-        layer.weight.mul_(scale)
+        codes = weight.codes(layer.weight, scale)
         quantizer.log_scale.zero_()
+        # From the codes, so that a saved file restores these values to the last bit.
+        layer.weight.copy_(weight.restore(codes, quantizer.scale))
         count += 1
     return count

@@ -48,7 +48,7 @@ class Recipe:
         equalize: even out query and key channels in the weights where nothing else reads them.
         weight_scheme: how weight scales are chosen, always one an output channel.
         rounding: ``'nearest'``, or ``'feedback'``: columns make up for the rounding of those before them (GPTQ), and
-            scales and biases are fitted to the inputs seen.
+            scales and biases are fitted to the inputs seen. Layers of more than 4,096 columns are rounded to nearest.
         compensation: what is fitted after the weights are rounded.
         compensation_bits: of the matrix that ``'qwt'`` adds to each block.
         calibration_samples: how many samples calibration and weight stage read at most.

@@ -37,7 +37,7 @@ def round_view(
     folded = exact * column_scale
     importance = None if statistics is None else statistics.mean_square / column_scale.square()
     scales = choose_weight_scales(folded, bits, recipe.weight_scheme, importance)
-    if recipe.rounding == 'feedback' and statistics is not None:
+    if recipe.rounding == 'feedback' and statistics is not None and statistics.gram is not None:
         gram = statistics.gram / torch.outer(column_scale, column_scale)
         values = round_with_feedback(folded, scales, bits, gram)
     else:

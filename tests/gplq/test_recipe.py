@@ -72,7 +72,7 @@ def test_settings_outside_their_range_are_refused_by_name(setting: str, value: A
 
 def test_unfolded_scales_go_with_no_compensation() -> None:
     with pytest.raises(RecipeError, match='fold=False'):
-        gplq.Recipe(fold=False)
+        gplq.Recipe(fold=False, compensation='qwt')
     assert not gplq.Recipe(fold=False, compensation='none').fold
 
 

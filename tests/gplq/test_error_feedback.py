@@ -1,0 +1,50 @@
+"""Rounding with error feedback lies on the grid and beats rounding to nearest on its own quadratic."""
+
+import torch
+
+from gplq.error_feedback import round_with_feedback
+from gplq.weights import choose_weight_scales, restore_weight, round_weight
+
+
+def problem(rows=8, columns=40, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator)
+    inputs = torch.randn(400, columns, generator=generator) @ mixing
+    return torch.randn(rows, columns, generator=generator), inputs
+
+
+def test_two_columns_by_hand():
+    # Grid of step 1. Both inputs are always equal, so only the sum of the weights counts: 0.4 + 0.4 is 0.8. To
+    # nearest, both become 0; with feedback the second takes over 0.4 from the first and becomes 1.
+    weight = torch.tensor([[0.4, 0.4]])
+    scales = choose_weight_scales(torch.tensor([[7.0, 7.0]]), 4, 'min_max')
+    gram = torch.ones(2, 2)
+    rounded = round_with_feedback(weight, scales, 4, gram, damping=1e-6)
+    assert sorted(rounded[0].tolist()) == [0.0, 1.0]
+
+
+def test_beats_rounding_to_nearest_on_its_own_quadratic():
+    weight, inputs = problem()
+    scales = choose_weight_scales(weight, 3, 'mse')
+    nearest = restore_weight(round_weight(weight, scales, 3), scales)
+    fed_back = round_with_feedback(weight, scales, 3, inputs.t() @ inputs)
+    errors = [((w - weight) @ inputs.t()).square().sum() for w in (nearest, fed_back)]
+    assert errors[1] < 0.7 * errors[0]
+    assert torch.allclose(restore_weight(round_weight(fed_back, scales, 3), scales), fed_back)
+
+
+def test_uncorrelated_inputs_leave_nothing_to_make_up_for():
+    weight, _ = problem()
+    scales = choose_weight_scales(weight, 3, 'mse')
+    rounded = round_with_feedback(weight, scales, 3, torch.diag(torch.rand(40) + 0.1))
+    assert torch.allclose(rounded, restore_weight(round_weight(weight, scales, 3), scales))
+
+
+def test_the_block_size_changes_nothing_and_dead_columns_do_no_harm():
+    weight, inputs = problem()
+    inputs[:, 5] = 0
+    scales = choose_weight_scales(weight, 4, 'mse')
+    gram = inputs.t() @ inputs
+    assert torch.allclose(
+        round_with_feedback(weight, scales, 4, gram, block=7), round_with_feedback(weight, scales, 4, gram, block=64)
+    )
