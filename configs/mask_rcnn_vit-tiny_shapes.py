@@ -25,11 +25,12 @@ model = dict(
         bbox_roi_extractor=dict(
             roi_layer=dict(sampling_ratio=1), out_channels=64, featmap_strides=[4, 8, 16], finest_scale=28
         ),
-        bbox_head=dict(in_channels=64, num_classes=6),
+        # One box and one mask regressor for all classes: a class alone has too few examples in five epochs.
+        bbox_head=dict(in_channels=64, num_classes=6, reg_class_agnostic=True),
         mask_roi_extractor=dict(
             roi_layer=dict(sampling_ratio=1), out_channels=64, featmap_strides=[4, 8, 16], finest_scale=28
         ),
-        mask_head=dict(in_channels=64, conv_out_channels=64, num_classes=6),
+        mask_head=dict(in_channels=64, conv_out_channels=64, num_classes=6, class_agnostic=True),
     ),
     train_cfg=dict(
         rpn=dict(sampler=dict(num=128)),
