@@ -112,21 +112,13 @@ def product_from_codes(product: QuantizedProduct, left: Tensor, right: Tensor) -
         if shape[axis] > 1:
             raise TargetError(f'a scale of shape {quantizer.shape} runs along the summed axis of a product')
     codes = quantize_left.codes(left).to(torch.int64) @ quantize_right.codes(right).to(torch.int64)
-    scale = _scale(quantize_left, left) * _scale(quantize_right, right)
+    scale = quantize_left.scale_over(left.shape[0]).double() * quantize_right.scale_over(right.shape[0]).double()
     return (codes.double() * scale).to(left.dtype)
 
 
 def _broadcast_shape(quantizer: Quantizer, x: Tensor) -> tuple[int, ...]:
     shape = quantizer.shape
     return (1,) * (max(x.dim(), 2) - len(shape)) + shape
-
-
-def _scale(quantizer: Quantizer, x: Tensor) -> Tensor:
-    """The scale as doubles, repeated over the batch where heads are merged into it."""
-    scale = quantizer.scale.double()
-    if quantizer.merged_heads:
-        scale = scale.repeat(x.shape[0] // quantizer.merged_heads, 1, 1)
-    return scale
 
 
 @torch.no_grad()

@@ -239,16 +239,13 @@ def _fused(
     quantize_query, quantize_key = query_key.operands
     quantize_map, quantize_value = attention_value.operands
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-    steps = quantize_map.scale
-    if quantize_map.merged_heads:
-        steps = steps.repeat(query.shape[0] // quantize_map.merged_heads, 1, 1)
     return quantized_attention(
         quantize_query(query),
         # As it lies in the product, so that its scales do too.
         quantize_key(key.transpose(-2, -1)).transpose(-2, -1),
         quantize_value(value),
         attn_mask,
-        steps,
+        quantize_map.scale_over(query.shape[0]),
         quantize_map.spec.qmin,
         quantize_map.spec.qmax,
         quantize_map.scale_gradient,

@@ -67,6 +67,10 @@ class Quantizer(nn.Module):
         y = quantize(self._split_heads(x), self.scale, self.spec.qmin, self.spec.qmax, self.offset)
         return y.reshape(x.shape)
 
+    def scale_over(self, batch: int) -> Tensor:
+        """The scale for a leading axis of length ``batch``: repeated where heads are merged into that axis."""
+        return self.scale.repeat(batch // self.merged_heads, 1, 1) if self.merged_heads else self.scale
+
     def broadcast(self, parameter: Tensor, x: Tensor) -> Tensor:
         """``parameter`` (scale or offset) repeated so that it multiplies ``x`` as it lies, merged heads included."""
         if not self.merged_heads:
