@@ -1,25 +1,5 @@
 # The ViT's rival: ResNet-50 with FPN from scratch; heads, data and schedule of faster_rcnn_vit-tiny_bccd.py.
 #   python tools/train.py configs/faster_rcnn_r50_bccd.py --cfg-options data_root=data/bccd
-_base_ = './faster_rcnn_vit-tiny_bccd.py'
+_base_ = ['./faster_rcnn_vit-tiny_bccd.py', './_base_/resnet50_fpn.py']
 
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='ResNet',
-        depth=50,
-        num_stages=4,
-        out_indices=(0, 1, 2, 3),
-        frozen_stages=-1,
-        norm_cfg=dict(type='BN'),
-        norm_eval=False,
-        style='pytorch',
-    ),
-    neck=dict(
-        _delete_=True,
-        type='FPN',
-        in_channels=[256, 512, 1024, 2048],
-        out_channels=96,
-        norm_cfg=dict(type='gplq.plugins.detection.LN2d'),
-        num_outs=4,
-    ),
-)
+model = dict(backbone=_base_.resnet50, neck=_base_.fpn)

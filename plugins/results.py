@@ -30,6 +30,7 @@ __all__ = [
     'commit',
     'file_sha256',
     'measure',
+    'peak_memory_mb',
     'read_rows',
     'repeat_command',
     'versions',
@@ -243,7 +244,7 @@ def measure() -> Iterator[Measurement]:
         yield result
     finally:
         result.minutes = (time.perf_counter() - start) / 60
-        result.peak_memory_mb = _peak_memory_mb()
+        result.peak_memory_mb = peak_memory_mb()
 
 
 def _reset_peak() -> None:
@@ -256,7 +257,8 @@ def _reset_peak() -> None:
         pass
 
 
-def _peak_memory_mb() -> float:
+def peak_memory_mb() -> float:
+    """Peak so far: the GPU's allocations where there is a GPU, or what the process held."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path('/proc/self/status')

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -48,14 +47,12 @@ def is_done(run: Run, output: Path) -> bool:
     return any(row.command == run.text and row.split == run.split for row in read_rows(output))
 
 
-def carry_out(run: Run, data_root: str) -> float:
-    """Run it; give the peak memory in MB of the largest process so far."""
+def carry_out(run: Run, data_root: str) -> None:
     run.work_dir.mkdir(parents=True, exist_ok=True)
     with open(run.work_dir / 'log.txt', 'w') as log:
         done = subprocess.run(run.arguments(data_root), stdout=log, stderr=subprocess.STDOUT)
     if done.returncode:
         sys.exit(f'failed, see {run.work_dir / "log.txt"}')
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
 
 
 def main() -> None:
@@ -85,9 +82,9 @@ def main() -> None:
     start = time.perf_counter()
     for number, run in enumerate(waiting, start=1):
         print(f'\n[{number}/{len(waiting)}] {run.text}', flush=True)
-        peak = carry_out(run, data_root)
+        carry_out(run, data_root)
         model = Path(args.config).stem.removeprefix('gplq_').removesuffix(f'_{args.benchmark}')
-        for row in rows_of(run, args.metrics, model, peak):
+        for row in rows_of(run, args.metrics, model):
             append_row(output, row)
             print(f'W{row.weight_bits}A{row.activation_bits} {row.metric} {row.value:.4f}')
         left = (time.perf_counter() - start) / number * (len(waiting) - number) / 60

@@ -161,11 +161,11 @@ def write_rows(path: Path, steps: list[Step], checkpoint: Path, seed: int) -> No
                 method=step.method,
                 weight_bits=step.weight_bits,
                 activation_bits=step.activation_bits,
-                effective_bits=step.record.get('effective_bits'),
+                effective_bits=step.record['effective_bits'],
                 metric=metric,
                 value=step.record['metrics'][metric],
                 minutes=step.record['minutes'],
-                peak_memory_mb=step.record.get('peak_memory_mb'),
+                peak_memory_mb=step.record['peak_memory_mb'],
                 artifact_bytes=step.record['model_bytes'],
                 **shared,
             )

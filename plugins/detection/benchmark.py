@@ -110,7 +110,7 @@ def plan_runs(
                     )
 
 
-def rows_of(run: Run, metrics: Sequence[str], model: str, peak_memory_mb: float | None) -> list[ResultRow]:
+def rows_of(run: Run, metrics: Sequence[str], model: str) -> list[ResultRow]:
     """Rows of a finished run from what its hook noted.
 
     Raises:
@@ -149,7 +149,7 @@ def rows_of(run: Run, metrics: Sequence[str], model: str, peak_memory_mb: float 
                     metric=metric,
                     value=step['metrics'][f'coco/{metric}'],
                     minutes=spent,
-                    peak_memory_mb=peak_memory_mb,
+                    peak_memory_mb=step['peak_memory_mb'],
                     artifact_bytes=step['model_bytes'],
                     command=run.text,
                     commit=commit(),

@@ -14,6 +14,7 @@ from torch import nn
 
 from gplq.plugins.hooks.model import model_of
 from gplq.plugins.hooks.settings import HookSettings
+from gplq.plugins.results import peak_memory_mb
 from gplq.record import is_prepared, record_of
 from gplq.size import effective_bits, float_bytes, packed_model_bytes
 
@@ -54,7 +55,7 @@ class Report:
             self.steps = json.loads(path.read_text())
 
     def add(self, runner: Runner, step: str, metrics: dict[str, float], minutes: float, **files: str) -> None:
-        """Log a step and keep it. Minutes are those that the step took."""
+        """Log a step and keep it. Minutes are those that the step took, the peak memory is the run's."""
         model = model_of(runner)
         size = _sizes(model, self.settings, quantized=step.startswith('W') and 'A' in step)
         shown = '  '.join(f'{name.rpartition("/")[2]} {value:.4f}' for name, value in metrics.items() if value >= 0)
@@ -63,7 +64,8 @@ class Report:
             f'{size["model_bytes"] / 2**20:.2f} MiB model  {minutes:.1f} min'
         )
         runner.visualizer.add_scalars({f'gplq/{step}/{n}': v for n, v in metrics.items()}, step=runner.iter)
-        self.steps.append({'step': step, 'metrics': metrics, 'minutes': minutes, **size, **files})
+        cost = {'minutes': minutes, 'peak_memory_mb': peak_memory_mb()}
+        self.steps.append({'step': step, 'metrics': metrics, **cost, **size, **files})
         if is_main_process():
             path = Path(runner.work_dir) / FILE
             temporary = path.with_suffix('.tmp')

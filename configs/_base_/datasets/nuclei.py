@@ -1,6 +1,8 @@
 # Cell nuclei (Data Science Bowl 2018, CC0): masks in fluorescent and stained tissue, up to 360 pixels a side.
 # `data_root` holds train.json, dev.json, test.json and images/. Say where it is by GPLQ_DATA_ROOT, which
 # every program understands, or to this project's programs by `--cfg-options data_root=PATH`.
+_base_ = './coco_files.py'
+
 data_root = '{{$GPLQ_DATA_ROOT:data/nuclei}}'
 metainfo = dict(classes=('nucleus',))
 image_size = (256, 256)
@@ -27,51 +29,8 @@ test_pipeline = [
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
 
-train_dataloader = dict(
-    batch_size=8,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(
-        type='CocoDataset',
-        data_root=data_root,
-        ann_file='train.json',
-        data_prefix=dict(img='images/'),
-        metainfo=metainfo,
-        pipeline=train_pipeline,
-    ),
-)
-val_dataloader = dict(
-    batch_size=4,
-    num_workers=1,
-    persistent_workers=True,
-    drop_last=False,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type='CocoDataset',
-        data_root=data_root,
-        ann_file='dev.json',
-        data_prefix=dict(img='images/'),
-        metainfo=metainfo,
-        test_mode=True,
-        pipeline=test_pipeline,
-    ),
-)
-test_dataloader = dict(
-    batch_size=4,
-    num_workers=1,
-    persistent_workers=True,
-    drop_last=False,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type='CocoDataset',
-        data_root=data_root,
-        ann_file='test.json',
-        data_prefix=dict(img='images/'),
-        metainfo=metainfo,
-        test_mode=True,
-        pipeline=test_pipeline,
-    ),
-)
-val_evaluator = dict(type='CocoMetric', ann_file=data_root + '/dev.json', metric=['bbox', 'segm'])
-test_evaluator = dict(type='CocoMetric', ann_file=data_root + '/test.json', metric=['bbox', 'segm'])
+train_dataloader = dict(dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=test_pipeline))
+test_dataloader = dict(dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=test_pipeline))
+val_evaluator = dict(ann_file=data_root + '/dev.json', metric=['bbox', 'segm'])
+test_evaluator = dict(ann_file=data_root + '/test.json', metric=['bbox', 'segm'])

@@ -1,0 +1,89 @@
+"""Which runs a benchmark makes, and which rows a finished one gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gplq.plugins.detection.benchmark import METHODS, Run, plan_runs, rows_of
+from gplq.plugins.results import ResultError
+
+
+@pytest.fixture
+def make_runs(tmp_path: Path) -> Callable[..., list[Run]]:
+    checkpoint = tmp_path / 'fp32.pth'
+    checkpoint.write_bytes(b'weights')
+
+    def make(methods=tuple(METHODS), bits=(4, 3), seeds=(0, 1), variants=('', 'folded'), options=None) -> list[Run]:
+        return list(
+            plan_runs(
+                'cells',
+                'configs/a.py',
+                str(checkpoint),
+                'dev',
+                methods,
+                bits,
+                seeds,
+                variants,
+                options or {},
+                tmp_path / 'work',
+            )
+        )
+
+    return make
+
+
+def test_fp32_runs_once_its_control_once_a_seed_and_variants_are_ours(make_runs: Callable[..., list[Run]]) -> None:
+    runs = make_runs()
+    count = {method: sum(run.method == method for run in runs) for method in METHODS}
+    assert count == {'fp32': 1, 'fp32_control': 2, 'rtn': 2 * 2, 'gplq': 2 * 2 * 2}
+    assert len({run.work_dir for run in runs}) == len({run.text for run in runs}) == len(runs)
+
+
+def test_command_carries_bits_seed_split_variant_and_the_users_options_last(
+    make_runs: Callable[..., list[Run]],
+) -> None:
+    (run,) = make_runs(['gplq'], [3], [1], ['folded'], {'default_hooks.gplq.seed': '7', 'max_epochs': '2'})
+    options = dict(part.split('=', 1) for part in run.command[run.command.index('--cfg-options') + 1 :])
+    assert run.command[:3] == ['python', 'tools/train.py', 'configs/a.py']
+    assert options['default_hooks.gplq.weight_bits'] == options['default_hooks.gplq.activation_bits'] == '3'
+    assert options['default_hooks.gplq.recipe.exponents'] == '[1.0]'
+    assert options['val_dataloader.dataset.ann_file'] == 'dev.json'
+    assert options['randomness.seed'] == '1'
+    assert options['default_hooks.gplq.seed'] == '7'
+    assert options['max_epochs'] == '2'
+    assert 'val_evaluator.ann_file=/cells/dev.json' in run.arguments('/cells')
+    assert 'val_evaluator.ann_file=${GPLQ_DATA_ROOT}/dev.json' in run.text
+
+
+def test_rows_sum_the_minutes_of_the_steps_up_to_theirs(make_runs: Callable[..., list[Run]]) -> None:
+    (run,) = make_runs(['gplq'], [3], [1], ['folded'])
+    steps = [
+        dict(
+            step=step,
+            metrics={'coco/bbox_mAP': value},
+            minutes=minutes,
+            effective_bits=bits,
+            model_bytes=100,
+            peak_memory_mb=7.0,
+        )
+        for step, value, minutes, bits in (('W32A3', 0.4, 2.0, 32.0), ('W3A3', 0.3, 0.5, 3.1))
+    ]
+    run.work_dir.mkdir(parents=True)
+    (run.work_dir / 'gplq.json').write_text(json.dumps(steps))
+    rows = rows_of(run, ['bbox_mAP'], 'vit')
+    assert [(r.weight_bits, r.activation_bits, r.value, r.minutes) for r in rows] == [(32, 3, 0.4, 2), (3, 3, 0.3, 2.5)]
+    assert {(r.variant, r.seed, r.split, r.peak_memory_mb) for r in rows} == {('folded', 1, 'dev', 7.0)}
+
+
+def test_an_unfinished_run_gives_no_rows(make_runs: Callable[..., list[Run]]) -> None:
+    (run,) = make_runs(['gplq'], [3], [1], [''])
+    with pytest.raises(ResultError, match='holds no gplq.json'):
+        rows_of(run, ['bbox_mAP'], 'vit')
+    run.work_dir.mkdir(parents=True)
+    (run.work_dir / 'gplq.json').write_text('[]')
+    with pytest.raises(ResultError, match='no step W32A3'):
+        rows_of(run, ['bbox_mAP'], 'vit')
