@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
@@ -135,37 +134,3 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
         return float((found - expected).norm() / (expected - expected.mean(0)).norm())
 
     return measure
-
-
-@pytest.fixture
-def with_outliers() -> Callable[..., nn.Module]:
-    """Makes a copy of a transformer that has outlier channels and computes the same function.
-
-    As in public DeiT and Swin, a few channels of what LayerNorm hands on are 10 to 100 times larger than the
-    rest: weight and bias of those channels are multiplied, the columns of the Linears that read them divided.
-    Powers of two keep the output the same to the last bit.
-    """
-
-    def make(
-        model: nn.Module,
-        readers: dict[str, tuple[str, ...]],
-        factors: tuple[float, ...] = (16.0, 64.0, 32.0),
-        seed: int = 0,
-    ) -> nn.Module:
-        twin = copy.deepcopy(model)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for norm_name, linear_names in readers.items():
-                norm = twin.get_submodule(norm_name)
-                assert isinstance(norm, nn.LayerNorm)
-                channels = torch.randperm(norm.weight.numel(), generator=generator)[: len(factors)]
-                factor = torch.tensor(factors)
-                norm.weight[channels] *= factor
-                norm.bias[channels] *= factor
-                for name in linear_names:
-                    linear = twin.get_submodule(name)
-                    assert isinstance(linear, nn.Linear)
-                    linear.weight[:, channels] /= factor
-        return twin
-
-    return make

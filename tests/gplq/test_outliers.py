@@ -10,24 +10,32 @@ import torch
 from torch import Tensor, nn
 
 import gplq
+from gplq.errors import TargetError
+from gplq.outliers import inject_outliers
+from gplq.record import record_of
 
-READERS = {
-    'blocks.0.norm1': ('blocks.0.attn.qkv',),
-    'blocks.0.norm2': ('blocks.0.fc1',),
-    'blocks.1.norm1': ('blocks.1.attn.qkv',),
-    'blocks.1.norm2': ('blocks.1.fc1',),
-}
+READERS = [
+    ('blocks.0.norm1', 'blocks.0.attn.qkv'),
+    ('blocks.0.norm2', 'blocks.0.fc1'),
+    ('blocks.1.norm1', 'blocks.1.attn.qkv'),
+    ('blocks.1.norm2', 'blocks.1.fc1'),
+]
 
 
-def test_the_function_stays_and_channels_stand_out(
-    toy_vit: Callable[..., nn.Module], images: Tensor, with_outliers: Callable[..., nn.Module]
-) -> None:
+def twin_of(model: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(model)
+    inject_outliers(twin, READERS)
+    return twin
+
+
+def test_the_function_stays_and_channels_stand_out(toy_vit: Callable[..., nn.Module], images: Tensor) -> None:
     model = toy_vit(width=32)
-    twin = with_outliers(model, READERS)
-    patches = [m.patch_embed(images).flatten(2).transpose(1, 2) for m in (model, twin)]  # type: ignore[operator]
-    plain, marked = (
-        m.get_submodule('blocks.0.norm1')(x).abs().amax((0, 1)) for m, x in zip((model, twin), patches, strict=True)
-    )
+    twin = twin_of(model)
+    with torch.no_grad():
+        patches = [m.patch_embed(images).flatten(2).transpose(1, 2) for m in (model, twin)]  # type: ignore[operator]
+        plain, marked = (
+            m.get_submodule('blocks.0.norm1')(x).abs().amax((0, 1)) for m, x in zip((model, twin), patches, strict=True)
+        )
     assert float(plain.max() / plain.median()) < 5
     assert float(marked.max() / marked.median()) > 20
     with torch.no_grad():
@@ -49,12 +57,11 @@ def w4a4_error(
 def test_outliers_cost_little(
     toy_vit: Callable[..., nn.Module],
     images: Tensor,
-    with_outliers: Callable[..., nn.Module],
     relative_error: Callable[[Tensor, Tensor], float],
     compensation: str,
 ) -> None:
     model = toy_vit(width=32)
-    twin = with_outliers(model, READERS)
+    twin = twin_of(model)
     recipe = gplq.Recipe.gplq(4, 4, clips=(1.0, 0.8), compensation=compensation)
     plain = w4a4_error(model, images, recipe, relative_error)
     marked = w4a4_error(twin, images, recipe, relative_error)
@@ -62,3 +69,23 @@ def test_outliers_cost_little(
     assert marked < 1.3 * plain
     nearest = gplq.Recipe.rtn(4, 4)
     assert w4a4_error(twin, images, nearest, relative_error) > 1.5 * marked
+
+
+def test_the_readers_are_those_that_prepare_finds(toy_vit: Callable[..., nn.Module], images: Tensor) -> None:
+    model = toy_vit(width=32)
+    gplq.prepare(model, 'w4a4', images[:2])
+    assert sorted(pair for pair in record_of(model).plan.norms if 'blocks' in pair[0]) == sorted(READERS)
+
+
+@pytest.mark.parametrize(
+    'pair, message',
+    [
+        (('blocks.0', 'blocks.0.fc1'), 'blocks.0 is no LayerNorm'),
+        (('blocks.0.norm1', 'blocks.0.fc2'), 'blocks.0.fc2 is no Linear of the 32 channels'),
+    ],
+)
+def test_a_pair_that_does_not_fit_is_named(
+    toy_vit: Callable[..., nn.Module], pair: tuple[str, str], message: str
+) -> None:
+    with pytest.raises(TargetError, match=message):
+        inject_outliers(toy_vit(width=32), [pair])
