@@ -71,12 +71,6 @@ class Quantizer(nn.Module):
         """The scale for a leading axis of length ``batch``: repeated where heads are merged into that axis."""
         return self.scale.repeat(batch // self.merged_heads, 1, 1) if self.merged_heads else self.scale
 
-    def broadcast(self, parameter: Tensor, x: Tensor) -> Tensor:
-        """``parameter`` (scale or offset) repeated so that it multiplies ``x`` as it lies, merged heads included."""
-        if not self.merged_heads:
-            return parameter
-        return parameter.expand(self._split_heads(x).shape).reshape(x.shape)
-
     def groups(self, x: Tensor) -> Tensor:
         """``x`` as a matrix, one row a scale: ``(number of scales, elements that share it)``."""
         x = self._split_heads(x)

@@ -143,9 +143,9 @@ def summary(model: nn.Module) -> Summary:
 
 def _site(name: str, site: str, quantizer: Quantizer) -> SiteRow:
     spec = quantizer.spec
-    low, high = quantizer.scale * spec.qmin, quantizer.scale * spec.qmax
-    if quantizer.offset is not None:
-        low, high = low + quantizer.scale * quantizer.offset, high + quantizer.scale * quantizer.offset
+    scale = quantizer.scale.detach()
+    shift = 0.0 if quantizer.offset is None else quantizer.offset.detach()
+    low, high = scale * (shift + spec.qmin), scale * (shift + spec.qmax)
     return SiteRow(
         name,
         site,

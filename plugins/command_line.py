@@ -3,16 +3,20 @@
 import argparse
 import importlib.util
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
+
+from gplq.errors import GPLQError
 
 from .allocator import keep_freed_memory
 from .data_root import apply_options
 from .preflight import PreflightError
 from .safe_load import allow_mmengine_objects
 
-__all__ = ['add_run_arguments', 'read_config']
+__all__ = ['add_run_arguments', 'exit_on_error', 'read_config']
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,3 +56,12 @@ def read_config(args: argparse.Namespace) -> Config:
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs', Path(args.config).stem))
     return cfg
+
+
+def exit_on_error(main: Callable[[], None]) -> None:
+    """Run a program; what a user can mend is printed as one line, with exit status 2."""
+    try:
+        main()
+    except GPLQError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from gplq import prepare
 from gplq.errors import GPLQError
 from gplq.outliers import inject_outliers
-from gplq.plugins.command_line import add_run_arguments, read_config
+from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
 from gplq.plugins.hooks.checkpoints import check_keys, read_checkpoint
 from gplq.plugins.hooks.model import blank_forward
 from gplq.plugins.hooks.settings import HookSettings
@@ -75,8 +74,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except GPLQError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
+    exit_on_error(main)

@@ -13,8 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
+from torch import nn
 
 from gplq import calibrate, prepare
 from gplq.activation_stage import ActivationStage, parameter_groups
@@ -50,40 +51,43 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build(cfg: Config, method: str) -> Callable[[Any], None]:
+@contextmanager
+def step_of(cfg: Config, method: str) -> Iterator[Callable[[Any], None]]:
     """A function that carries out one step on a batch, its backbone in FP32 or calibrated to the hook's bits."""
     runner = Runner.from_cfg(cfg)
     runner.load_checkpoint(cfg.load_from)
     model = runner.model
     settings = HookSettings.from_config(**{k: v for k, v in cfg.gplq_settings.items() if k != 'type'})
-    stack = ExitStack()
     stage = settings.stage if method == 'gplq' else ActivationStage()
-    if method == 'gplq':
-        loader = calibration_loader(runner, settings, 8)
-        if stage.mimicking_weight:
-            part = part_of(model, settings)
-            teacher = copy.deepcopy(part)
-            loss = fit_mimicking_loss(
-                teacher, FeatureTap(teacher, '', 'output'), loader, lambda t, b: t(preprocess(model, b)['inputs'])
-            )
-            mimicking = Mimicking(part, teacher, loss, stage.mimicking_weight)
-            stack.enter_context(mimicking.attached())
-            model.register_forward_hook(MimickingTerm(mimicking), with_kwargs=True)
-        prepare(model, settings.recipe, forward=blank_forward(model, settings))
-        calibrate(model, loader, forward=PartForward(settings.part))
-        groups = parameter_groups(model, stage)
-    else:
-        groups = [{'params': list(model.parameters())}]
-    wrapper = runner.build_optim_wrapper(cfg.optim_wrapper)
-    wrapper.optimizer = torch.optim.AdamW(groups, lr=stage.lr)
-    wrapper.initialize_count_status(model, 0, 10**6)
+    groups: list[dict[str, Any]] = [{'params': list(model.parameters())}]
+    with ExitStack() as stack:
+        if method == 'gplq':
+            loader = calibration_loader(runner, settings, 8)
+            if stage.mimicking_weight:
+                mimicking = fit_mimicking(model, settings, loader)
+                stack.enter_context(mimicking.attached())
+                model.register_forward_hook(MimickingTerm(mimicking), with_kwargs=True)
+            prepare(model, settings.recipe, forward=blank_forward(model, settings))
+            calibrate(model, loader, forward=PartForward(settings.part))
+            groups = parameter_groups(model, stage)
+        wrapper = runner.build_optim_wrapper(cfg.optim_wrapper)
+        wrapper.optimizer = torch.optim.AdamW(groups, lr=stage.lr)
+        wrapper.initialize_count_status(model, 0, 10**6)
 
-    def step(batch: Any) -> None:
-        model.train()
-        model.train_step(copy.deepcopy(batch), wrapper)
+        def step(batch: Any) -> None:
+            model.train()
+            model.train_step(copy.deepcopy(batch), wrapper)
 
-    step.stack = stack  # type: ignore[attr-defined]
-    return step
+        yield step
+
+
+def fit_mimicking(model: nn.Module, settings: HookSettings, loader: Iterable[Any]) -> Mimicking:
+    """The feature loss, its teacher a copy of the part as it is."""
+    part = part_of(model, settings)
+    teacher = copy.deepcopy(part)
+    tap = FeatureTap(teacher, '', 'output')
+    loss = fit_mimicking_loss(teacher, tap, loader, lambda t, b: t(preprocess(model, b)['inputs']))
+    return Mimicking(part, teacher, loss, settings.stage.mimicking_weight)
 
 
 def batches(cfg: Config, count: int) -> list[Any]:
@@ -96,8 +100,7 @@ def batches(cfg: Config, count: int) -> list[Any]:
 def peak_memory(cfg: Config, method: str) -> float:
     """Peak of three steps in this process, in MB."""
     data = batches(cfg, 3)
-    step = build(cfg, method)
-    with measure() as cost:
+    with step_of(cfg, method) as step, measure() as cost:
         for batch in data:
             step(batch)
     return float(cost.peak_memory_mb)
@@ -116,14 +119,15 @@ def main() -> None:
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         peaks[method] = json.loads(out.rsplit('PEAK ', 1)[1])
     data = batches(cfg, args.steps + 2)
-    steps = {method: build(cfg, method) for method in ('fp32', 'gplq')}
     seconds: dict[str, list[float]] = {'fp32': [], 'gplq': []}
-    for number, batch in enumerate(data):
-        for method in ('fp32', 'gplq') if number % 2 else ('gplq', 'fp32'):
-            start = time.perf_counter()
-            steps[method](batch)
-            if number >= 2:
-                seconds[method].append(time.perf_counter() - start)
+    with step_of(cfg, 'fp32') as floating, step_of(cfg, 'gplq') as quantized:
+        steps = {'fp32': floating, 'gplq': quantized}
+        for number, batch in enumerate(data):
+            for method in sorted(steps, reverse=number % 2 == 0):
+                start = time.perf_counter()
+                steps[method](batch)
+                if number >= 2:
+                    seconds[method].append(time.perf_counter() - start)
     ratios = [b / a for a, b in zip(seconds['fp32'], seconds['gplq'], strict=True)]
     for method, times in seconds.items():
         print(f'{method}: median {statistics.median(times):.3f} s a step, peak {peaks[method]:.0f} MB')

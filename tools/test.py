@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from mmengine.config import Config
 from mmengine.evaluator import DumpResults
@@ -11,7 +10,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from gplq.errors import GPLQError
-from gplq.plugins.command_line import add_run_arguments, read_config
+from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
 from gplq.plugins.preflight import preflight
 
 EXAMPLE = 'example: python tools/test.py configs/mask_rcnn_vit-tiny_nuclei.py nuclei.pth --show-dir pictures'
@@ -65,8 +64,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except GPLQError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
+    exit_on_error(main)

@@ -47,8 +47,7 @@ def test_heads_merged_into_the_batch() -> None:
     assert torch.equal(merged(flat), apart(x).reshape(6, 4, 5))
     assert torch.equal(merged.codes(flat), apart.codes(x).reshape(6, 4, 5))
     assert torch.equal(merged.groups(flat), apart.groups(x))
-    spread = merged.broadcast(merged.scale, flat)
-    assert torch.allclose(merged.codes(flat) * spread, merged(flat))
+    assert torch.allclose(merged.codes(flat) * merged.scale_over(6), merged(flat))
 
 
 def test_per_head_and_channel() -> None:

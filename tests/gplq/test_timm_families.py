@@ -416,7 +416,7 @@ def relative_error(found: Any, expected: Any) -> float:
 
 def add_rounding_noise(quantizer: Quantizer, x: Tensor) -> Tensor:
     """What rounding is taken for: uniform noise of one step."""
-    return x + (torch.rand_like(x) - 0.5) * quantizer.broadcast(quantizer.scale, x) if quantizer.enabled else x
+    return x + (torch.rand_like(x) - 0.5) * quantizer.scale_over(len(x)) if quantizer.enabled else x
 
 
 SLOW = ('gemma4_vit', 'nextvit', 'mobilevit', 'mobilevit_v2', 'botnet', 'halonet')
