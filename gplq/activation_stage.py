@@ -41,7 +41,8 @@ class ActivationStage:
         mimicking_weight: factor of the feature loss, 0 to leave it out.
         explained_variance: share that decides the rank of the PCA, used where ``rank`` is None.
         rank: number of principal directions.
-        reduction: of the feature loss, see :class:`gplq.MimickingLoss`.
+        reduction: of the feature loss, see :class:`gplq.MimickingLoss`; the default has the same weight for features
+            of any size: a detector's maps are not normalized, and their sum would drown the task's loss.
         pca_samples: images for the PCA.
     """
 
@@ -51,7 +52,7 @@ class ActivationStage:
     mimicking_weight: float = 1.0
     explained_variance: float = 0.6
     rank: int | None = None
-    reduction: Reduction = 'sum'
+    reduction: Reduction = 'relative'
     pca_samples: int = 512
 
     def __post_init__(self) -> None:

@@ -13,6 +13,8 @@ from gplq.recipe import Recipe
 __all__ = ['HookSettings']
 
 METHODS = {'gplq': Recipe.gplq, 'paper': Recipe.paper, 'rtn': Recipe.rtn}
+# Where a method's activation stage differs from the default.
+STAGES: dict[str, dict[str, Any]] = {'paper': {'reduction': 'sum'}}
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class HookSettings:
             if unknown:
                 raise RecipeError(f'{what} has no setting {unknown}; known are {sorted(names)}')
         patterns = [part] if targets is None else _listed(targets)
-        options = dict(stage or {})
+        options = {**STAGES.get(method, {}), **(stage or {})}
         if mimicking is not None:
             options['mimicking_weight'] = float(mimicking)
         if isinstance(example_size, int):
