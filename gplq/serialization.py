@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from gplq.compensation import attach_compensation
 from gplq.errors import CheckpointError, StageError
+from gplq.files import write_atomically
 from gplq.insert import insert
 from gplq.layers import CompensatedBlock, LinearCompensation
 from gplq.packing import pack, unpack
@@ -149,20 +149,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         tensors[f'{key}{suffix}{_PACKED}'] = pack(codes, plan.weight_bits, signed=weight.zero_point is None)
     # Tied tensors are stored once each: safetensors refuses memory that two names share.
     tensors = {name: t.clone() for name, t in tensors.items()}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=describe(model))
-        # A temporary file is its owner's alone; the result gets the rights of any new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=describe(model)))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:

@@ -15,17 +15,32 @@ from torch.utils.data import DataLoader
 
 from gplq.calibrate import calibrate
 from gplq.errors import CheckpointError, StageError
+from gplq.plugins.atomic_backend import BACKEND_ARGS, save_atomically
 from gplq.plugins.hooks.average import adopt_average
 from gplq.plugins.hooks.checkpoints import check_keys, check_source, complete
 from gplq.plugins.hooks.data import calibration_loader
 from gplq.plugins.hooks.guard import StepGuard
 from gplq.plugins.hooks.model import PartForward, blank_forward, model_of, part_of, rewrap, synchronize, whole_forward
 from gplq.plugins.hooks.progress import logged_progress
-from gplq.plugins.hooks.randomness import random_states_kept
+from gplq.plugins.hooks.randomness import seeded
+from gplq.plugins.hooks.replay import Replay
 from gplq.plugins.hooks.report import Report, evaluate
+from gplq.plugins.hooks.resume import (
+    ResumePointHook,
+    check_same_stage,
+    describe_stage,
+    find_resume_point,
+    save_resume_point,
+)
 from gplq.plugins.hooks.schedule import keep_schedule, table, take_over
 from gplq.plugins.hooks.settings import HookSettings
-from gplq.plugins.hooks.teacher import LabelFreeLoss, MimickingTerm, make_mimicking, resume_mimicking
+from gplq.plugins.hooks.teacher import (
+    LabelFreeLoss,
+    MimickingTerm,
+    make_mimicking,
+    resume_mimicking,
+    teacher_hash,
+)
 from gplq.plugins.safe_load import allow_mmengine_objects
 from gplq.prepare import prepare
 from gplq.record import Stage, is_prepared, record_of
@@ -51,6 +66,9 @@ class ActivationQATHook(Hook):
         self._last_validation: tuple[int, dict[str, float]] = (-1, {})
         self._started = 0.0
         self._done = False
+        self._replay: Replay | None = None
+        self._resumed: dict[str, Any] = {}
+        self._teacher: str | None = None
 
     # When a run begins
 
@@ -59,6 +77,8 @@ class ActivationQATHook(Hook):
         training = _trains(runner)
         if self._done or runner._has_loaded and not training:
             return
+        if runner._resume and not runner._load_from:
+            runner._load_from = find_resume_point(runner.work_dir)
         check_source(runner, required=training)
         if not training:
             return
@@ -78,6 +98,10 @@ class ActivationQATHook(Hook):
             model.init_weights = _initialized_by_checkpoint
             changes.append(('init_weights', 'run', 'skipped, the checkpoint brings every weight'))
         rewrap(runner)
+        save_atomically(runner)
+        self._replay = Replay(runner)
+        if self.settings.trains:
+            runner.register_hook(ResumePointHook(self.settings.resume_interval))
         runner.logger.info('GPLQ changed the schedule (keep_schedule=True leaves it alone):\n' + table(changes))
 
     def _prepare(self, runner: Runner, model: nn.Module) -> None:
@@ -109,6 +133,8 @@ class ActivationQATHook(Hook):
         stage = record_of(model).stage
         if not training:
             return
+        if runner._resume and stage is not Stage.QUANTIZED:
+            self._resumed = check_same_stage(checkpoint['meta'], self.settings)
         if stage is Stage.QUANTIZED:
             raise CheckpointError(
                 f'the weights in {_source(runner)} are quantized already: test it, or start from the FP32 checkpoint'
@@ -132,17 +158,23 @@ class ActivationQATHook(Hook):
     def before_train(self, runner: Runner) -> None:
         model = model_of(runner)
         model.__dict__.pop('init_weights', None)
+        replay = self._replay
+        assert replay is not None
         if not runner._has_loaded:
             raise CheckpointError(f'there is no checkpoint to resume in {runner.work_dir}: start without --resume')
         if runner._resume:
             if self.settings.recipe.quantizes and record_of(model).stage is not Stage.CALIBRATED:
                 raise StageError('the resumed checkpoint is not one of the activation stage')
             self.report.resume(runner)
+            replay.seed = self._resumed['data_seed']
             self._attach(runner, model, resumed=True)
         else:
-            with random_states_kept():
+            # The same numbers with quantizers and without, which the FP32 control relies on.
+            with seeded(self.settings.seed):
                 self._start(runner, model)
-        self._started = time.monotonic()
+        # Numbers are drawn in the order of a run that has not been interrupted.
+        replay.start()
+        self._started = time.monotonic() - 60 * self._resumed.get('minutes', 0.0)
 
     def _start(self, runner: Runner, model: nn.Module) -> None:
         if record_of(model).stage is Stage.CALIBRATED:
@@ -181,9 +213,10 @@ class ActivationQATHook(Hook):
         if not self.settings.trains or self.settings.stage.mimicking_weight == 0:
             return
         if resumed:
-            mimicking = resume_mimicking(runner, self.settings)
+            mimicking = resume_mimicking(runner, self.settings, self._resumed['teacher'])
         else:
             mimicking = make_mimicking(runner, self.settings, self.loader(runner, self.settings.stage.pca_samples))
+        self._teacher = teacher_hash(runner)
         self._attached.enter_context(mimicking.attached())
         if self.settings.label_free:
             model.loss = LabelFreeLoss(part_of(model, self.settings), mimicking)  # type: ignore[assignment]
@@ -195,6 +228,10 @@ class ActivationQATHook(Hook):
 
     # While it trains
 
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        if self._replay is not None:
+            self._replay.seed_step(runner.iter)
+
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         self._last_validation = (runner.iter, dict(metrics or {}))
 
@@ -202,13 +239,22 @@ class ActivationQATHook(Hook):
         model = model_of(runner)
         if is_prepared(model):
             checkpoint['meta']['gplq'] = describe(model)
+        if self._replay is not None:
+            checkpoint['meta']['gplq_stage'] = describe_stage(
+                self.settings,
+                data_seed=self._replay.seed,
+                teacher=self._teacher,
+                minutes=self._minutes(),
+            )
 
     # When it ends
 
     def after_train(self, runner: Runner) -> None:
         self._attached.close()
         self._done = True
-        minutes = (time.monotonic() - self._started) / 60
+        minutes = self._minutes()
+        if self.settings.trains and self.settings.resume_interval:
+            save_resume_point(runner, epoch=runner.epoch, iteration=runner.iter)
         adopt_average(runner, trained=self.settings.trains)
         recipe = self.settings.recipe
         if recipe.quantizes and recipe.activation_bits == 32:
@@ -219,11 +265,19 @@ class ActivationQATHook(Hook):
             metrics = evaluate(runner)
         self.report.add(runner, step, _numbers(metrics), minutes, checkpoint=_save(runner, step))
 
+    def _minutes(self) -> float:
+        return (time.monotonic() - self._started) / 60
+
 
 def _save(runner: Runner, step: str) -> str:
     name = f'gplq_{step.lower().replace(" ", "_")}.pth'
     runner.save_checkpoint(
-        runner.work_dir, name, save_optimizer=False, save_param_scheduler=False, meta={'epoch': runner.epoch}
+        runner.work_dir,
+        name,
+        save_optimizer=False,
+        save_param_scheduler=False,
+        meta={'epoch': runner.epoch},
+        backend_args=dict(BACKEND_ARGS),
     )
     return str(Path(runner.work_dir) / name)
 

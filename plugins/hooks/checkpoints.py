@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 from torch import nn
 
 from gplq.errors import CheckpointError
@@ -33,9 +33,7 @@ def check_source(runner: Runner, *, required: bool = True) -> None:
     """
     path = runner._load_from
     if runner._resume and not path:
-        path = find_latest_checkpoint(runner.work_dir)
-        if path is None:
-            raise CheckpointError(f'there is no checkpoint to resume in {runner.work_dir}: start without --resume')
+        raise CheckpointError(f'there is no checkpoint to resume in {runner.work_dir}: start without --resume')
     if not path:
         if not required:
             return

@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader, Subset
 
 from gplq.errors import CalibrationError
+from gplq.plugins.hooks.replay_data import Draw, ReplayDataset
 from gplq.plugins.hooks.settings import HookSettings
 
 __all__ = ['calibration_loader']
@@ -42,8 +43,11 @@ def calibration_loader(runner: Runner, settings: HookSettings, samples: int) -> 
     if len(dataset) == 0:
         raise CalibrationError('the training data set is empty: there is nothing to calibrate on')
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed))
+    # Where only the training's random pipeline is there, every reading of a sample is still the same.
+    fixed = ReplayDataset(dataset)
+    fixed.seed(settings.seed)
     return DataLoader(
-        Subset(dataset, order[:samples].tolist()),
+        Subset(fixed, [Draw(0, number) for number in order[:samples].tolist()]),  # type: ignore[arg-type]
         batch_size=settings.calibration_batch_size or int(config.get('batch_size', 1)),
         collate_fn=_collate(config.get('collate_fn')),
         num_workers=0,

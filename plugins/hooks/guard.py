@@ -14,6 +14,7 @@ from torch import nn
 
 from gplq.activation_stage import check_finite, check_gradients
 from gplq.errors import TrainingError
+from gplq.plugins.atomic_backend import BACKEND_ARGS
 
 __all__ = ['LAST_GOOD', 'StepGuard']
 
@@ -72,7 +73,7 @@ class StepGuard:
                 buffer.copy_(before)
             runner = self._runner
             where = dict(epoch=runner.epoch, iter=runner.iter)
-            runner.save_checkpoint(runner.work_dir, LAST_GOOD, meta=where)
+            runner.save_checkpoint(runner.work_dir, LAST_GOOD, meta=where, backend_args=dict(BACKEND_ARGS))
             raise TrainingError(f'{error}; they are in {Path(runner.work_dir) / LAST_GOOD}') from None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepGuard:

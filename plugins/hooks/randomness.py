@@ -1,4 +1,4 @@
-"""Random states that calibration and validation must not move."""
+"""Random numbers that depend on nothing but what they are for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ['random_states_kept']
+__all__ = ['random_states_kept', 'seed_all', 'seeded']
 
 
 @contextmanager
@@ -27,3 +27,19 @@ def random_states_kept() -> Iterator[None]:
     finally:
         np.random.set_state(numpy_state)
         random.setstate(python_state)
+
+
+def seed_all(*entropy: int) -> None:
+    """Seed Python, numpy and torch from numbers; runs that differ in one of them share nothing."""
+    state = np.random.SeedSequence(entropy).generate_state(4)
+    random.seed(int(state[0]))
+    np.random.seed(state[1])
+    torch.manual_seed(int(state[2]) << 32 | int(state[3]))
+
+
+@contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Draw from these seeds, and put the states back afterwards."""
+    with random_states_kept():
+        seed_all(*entropy)
+        yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 from torch import nn
 
+from gplq.files import write_bytes_atomically
 from gplq.plugins.hooks.model import model_of
 from gplq.plugins.hooks.settings import HookSettings
 from gplq.plugins.results import peak_memory_mb
@@ -65,12 +65,12 @@ class Report:
         )
         runner.visualizer.add_scalars({f'gplq/{step}/{n}': v for n, v in metrics.items()}, step=runner.iter)
         cost = {'minutes': minutes, 'peak_memory_mb': peak_memory_mb()}
+        # A run that was resumed behind the step measures it again.
+        self.steps = [earlier for earlier in self.steps if earlier['step'] != step]
         self.steps.append({'step': step, 'metrics': metrics, **cost, **size, **files})
         if is_main_process():
             path = Path(runner.work_dir) / FILE
-            temporary = path.with_suffix('.tmp')
-            temporary.write_text(json.dumps(self.steps, indent=1))
-            os.replace(temporary, path)
+            write_bytes_atomically(path, json.dumps(self.steps, indent=1).encode())
 
 
 def _sizes(model: nn.Module, settings: HookSettings, *, quantized: bool) -> dict[str, Any]:

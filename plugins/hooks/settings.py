@@ -33,6 +33,7 @@ class HookSettings:
         example_size: height and width of the blank image that finds the products; None asks the model.
         seed: chooses the calibration images.
         calibration_batch_size: None takes the training loader's.
+        resume_interval: iterations from one resume point to the next; 0 leaves checkpoints to the config.
     """
 
     recipe: Recipe
@@ -46,10 +47,13 @@ class HookSettings:
     example_size: tuple[int, int] | None = None
     seed: int = 0
     calibration_batch_size: int | None = None
+    resume_interval: int = 200
 
     def __post_init__(self) -> None:
         if self.iterations is not None and self.iterations < 0:
             raise RecipeError(f'iterations={self.iterations} must not be negative')
+        if self.resume_interval < 0:
+            raise RecipeError(f'resume_interval={self.resume_interval} must not be negative; 0 writes no resume points')
         if self.label_free and self.stage.mimicking_weight == 0:
             raise RecipeError('label_free=True trains on mimicking alone: set mimicking above 0')
 

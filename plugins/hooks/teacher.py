@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import barrier, is_main_process
 from mmengine.runner import Runner
 from torch import nn
 
 from gplq.batches import bounded
 from gplq.errors import CheckpointError
+from gplq.files import write_atomically
 from gplq.mimicking import FeatureTap, Mimicking, MimickingLoss, fit_mimicking_loss
 from gplq.pca import PCABasis
 from gplq.plugins.hooks.checkpoints import read_checkpoint
 from gplq.plugins.hooks.model import model_of, part_of, preprocess
 from gplq.plugins.hooks.settings import HookSettings
+from gplq.plugins.results import file_sha256
 
-__all__ = ['LabelFreeLoss', 'MimickingTerm', 'make_mimicking', 'resume_mimicking']
+__all__ = ['LabelFreeLoss', 'MimickingTerm', 'make_mimicking', 'resume_mimicking', 'teacher_hash']
 
 FILE = 'gplq_teacher.pth'
 
@@ -47,20 +49,33 @@ def make_mimicking(runner: Runner, settings: HookSettings, loader: Iterable[Any]
         )
     if is_main_process():
         bases = [vars(basis) for basis in loss.bases]
-        torch.save({'state_dict': teacher.state_dict(), 'bases': bases}, Path(runner.work_dir) / FILE)
+        kept = {'state_dict': teacher.state_dict(), 'bases': bases}
+        write_atomically(Path(runner.work_dir) / FILE, lambda temporary: torch.save(kept, temporary))
+    barrier()
     return Mimicking(part, teacher, loss, stage.mimicking_weight)
 
 
-def resume_mimicking(runner: Runner, settings: HookSettings) -> Mimicking:
+def teacher_hash(runner: Runner) -> str | None:
+    """Content of the file that holds twin and PCA, hashed, for the checkpoints beside it."""
+    path = Path(runner.work_dir) / FILE
+    return file_sha256(path) if path.is_file() else None
+
+
+def resume_mimicking(runner: Runner, settings: HookSettings, sha256: str | None) -> Mimicking:
     """The twin and PCA of the run that is resumed; the checkpoint's own weights have moved on since.
 
     Raises:
-        CheckpointError: if they are no longer there.
+        CheckpointError: if they are no longer there, or are not those of that run.
     """
     path = Path(runner.work_dir) / FILE
     if not path.is_file():
         raise CheckpointError(
             f'{path} is missing: it holds the FP32 teacher of the run to resume; start anew from the FP32 checkpoint'
+        )
+    if sha256 != file_sha256(path):
+        raise CheckpointError(
+            f'{path} is not the FP32 teacher of the run to resume: another run has written into this folder; '
+            'start anew from the FP32 checkpoint'
         )
     kept = read_checkpoint(str(path))
     part = part_of(model_of(runner), settings)

@@ -12,9 +12,11 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from gplq.errors import RecipeError
+from gplq.plugins.atomic_backend import BACKEND_ARGS
 from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
 from gplq.plugins.hooks.model import model_of, synchronize
 from gplq.plugins.hooks.progress import logged_progress
+from gplq.plugins.hooks.randomness import seeded
 from gplq.plugins.hooks.report import evaluate
 from gplq.serialization import save
 from gplq.weight_stage import quantize_weights
@@ -62,6 +64,10 @@ class WeightPTQHook(Hook):
         if self._alone:
             self._activations.before_train(runner)
 
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        if self._alone:
+            self._activations.before_train_iter(runner, batch_idx, data_batch)
+
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         if self._alone:
             self._activations.before_save_checkpoint(runner, checkpoint)
@@ -74,12 +80,13 @@ class WeightPTQHook(Hook):
             return
         model = model_of(runner)
         began = time.monotonic()
-        quantize_weights(
-            model,
-            self._activations.loader(runner, recipe.calibration_samples),
-            forward=self._activations.forward(model),
-            progress=logged_progress,
-        )
+        with seeded(self._activations.settings.seed):
+            quantize_weights(
+                model,
+                self._activations.loader(runner, recipe.calibration_samples),
+                forward=self._activations.forward(model),
+                progress=logged_progress,
+            )
         synchronize(model)
         minutes = (time.monotonic() - began) / 60
         metrics = evaluate(runner)
@@ -92,6 +99,7 @@ class WeightPTQHook(Hook):
             save_optimizer=False,
             save_param_scheduler=False,
             meta={'epoch': runner.epoch},
+            backend_args=dict(BACKEND_ARGS),
         )
         if is_main_process():
             save(model, artifact)

@@ -73,7 +73,7 @@ def test_resume_goes_on_from_the_last_epoch(
 
 
 def test_teacher_after_resume_computes_what_it_did(killed: Runner, make_config: Callable[..., Config]) -> None:
-    from gplq.plugins.hooks.teacher import resume_mimicking
+    from gplq.plugins.hooks.teacher import resume_mimicking, teacher_hash
 
     runner = resumed(make_config)
     losses: list[float] = []
@@ -81,7 +81,7 @@ def test_teacher_after_resume_computes_what_it_did(killed: Runner, make_config: 
     class Compare(Hook):
         def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
             settings = next(h for h in runner.hooks if hasattr(h, 'activation_stage')).activation_stage.settings
-            mimicking = resume_mimicking(runner, settings)
+            mimicking = resume_mimicking(runner, settings, teacher_hash(runner))
             images = torch.stack(data_batch['inputs'])
             with torch.no_grad(), mimicking.attached():
                 runner.model.backbone.eval()

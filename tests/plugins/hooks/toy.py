@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel, BaseModule, ImgDataPreprocessor
@@ -73,14 +75,15 @@ class ToyBackbone(BaseModule):
 
 @MODELS.register_module()
 class ToyClassifier(BaseModel):
-    def __init__(self, width: int = 16, depth: int = 2) -> None:
+    def __init__(self, width: int = 16, depth: int = 2, dropout: float = 0.0) -> None:
         super().__init__(data_preprocessor=ImgDataPreprocessor())
+        self.dropout = nn.Dropout(dropout)
         self.backbone = ToyBackbone(width, depth)
         self.neck = nn.BatchNorm2d(width)
         self.head = nn.Linear(width, CLASSES)
 
     def logits(self, inputs: Tensor) -> Tensor:
-        return self.head(self.neck(self.backbone(inputs)[0]).mean((2, 3)))
+        return self.head(self.dropout(self.neck(self.backbone(inputs)[0]).mean((2, 3))))
 
     def loss(self, inputs: Tensor, labels: list[Tensor]) -> dict[str, Tensor]:
         return {'loss_cls': F.cross_entropy(self.logits(inputs), torch.stack(labels))}
@@ -96,11 +99,15 @@ class ToyClassifier(BaseModel):
 
 @DATASETS.register_module()
 class ToyImages(Dataset):
-    """Noise; as many channels are bright as the class says. `broken` makes one image NaN."""
+    """Noise; as many channels are bright as the class says. `broken` makes one image NaN.
+
+    With `augment` an image is mirrored, darkened and shifted by random numbers of all three kinds.
+    """
 
     metainfo: dict[str, Any] = {}
 
-    def __init__(self, length: int = 16, seed: int = 0, broken: int | None = None) -> None:
+    def __init__(self, length: int = 16, seed: int = 0, broken: int | None = None, augment: bool = False) -> None:
+        self.augment = augment
         generator = torch.Generator().manual_seed(seed)
         self.labels = torch.arange(length) % CLASSES
         self.images = torch.randn(length, 3, 16, 16, generator=generator)
@@ -113,7 +120,11 @@ class ToyImages(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {'inputs': self.images[index], 'labels': self.labels[index]}
+        image = self.images[index]
+        if self.augment:
+            image = image.flip(-1) if random.random() < 0.5 else image
+            image = image * float(np.random.uniform(0.5, 1.0)) + 0.1 * torch.randn(3, 1, 1)
+        return {'inputs': image, 'labels': self.labels[index]}
 
 
 @METRICS.register_module()
