@@ -114,7 +114,7 @@ def _equalize(owner: nn.Module, index: int, seen: _Seen) -> bool:
     quantizers = product.operands
     largest_query = _largest(quantizers[0], seen.query)
     largest_key = _largest(quantizers[1], seen.key)
-    if largest_query.shape != query_rows.shape or largest_key.shape != key_rows.shape:
+    if not largest_query.shape == query_rows.shape == largest_key.shape == key_rows.shape:
         return False
     factor = (largest_key / largest_query).sqrt()
     factor = torch.where(factor.isfinite() & (factor > 0), factor, torch.ones_like(factor))

@@ -47,7 +47,9 @@ def quantized_attention(
     if torch.is_autocast_enabled(device):
         kind = torch.get_autocast_dtype(device)
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
-    lead = query.shape[:-2]
+    # Heads of the query may share a key and a value.
+    lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])  # type: ignore[no-untyped-call]
+    query, key, value = (x.expand(*lead, *x.shape[-2:]) for x in (query, key, value))
     groups = lead.numel()
     scales = scale.float().expand(*lead, 1, 1).reshape(groups, 1, 1)
     flat_mask = index = None
@@ -134,6 +136,8 @@ def _masks(mask: Tensor | None, index: Tensor | None, part: slice) -> Tensor | N
 def _attention(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     """The FP32 attention maps ``(heads, n, m)`` of some heads."""
     scores = torch.bmm(query, key.transpose(1, 2)).float()
-    if mask is not None:
-        scores = scores.add_(mask)
-    return torch.softmax(scores, dim=-1)
+    if mask is None:
+        return torch.softmax(scores, dim=-1)
+    scores = scores.add_(mask)
+    nothing = scores.isneginf().all(dim=-1, keepdim=True)
+    return torch.softmax(scores, dim=-1).masked_fill_(nothing, 0.0)

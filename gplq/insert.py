@@ -33,6 +33,10 @@ def insert(model: nn.Module, plan: Plan) -> None:
         _insert_map(model, a_map, plan)
     for owner in plan.owners:
         _insert_owner(model, owner, plan)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # In inference torch would run the layer as one kernel on the raw weights; this tells it not to.
+            module.activation_relu_or_gelu = 0
     set_record(model, Record(plan, Stage.PREPARED))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gplq.errors import CalibrationError, ProductError, StageError, TargetError
+from gplq.errors import CalibrationError, ProductError, RecipeError, StageError, TargetError
 from gplq.insert import insert
 from gplq.layers import DecomposedMultiheadAttention
 from gplq.plan import Floating, MapPlan, OperandPlan, OwnerPlan, Plan, ProductPlan
@@ -174,7 +174,7 @@ class _Planner:
             products=tuple(products),
             owners=tuple(owners),
             floating=tuple(self.floating + self._by_design()),
-            blocks=tuple(self._blocks({p.owner for p in products})),
+            blocks=tuple(self._blocks({p.owner for p in products}, maps)),
             multiheads=self.targets.multiheads,
             norms=tuple(self._norms(maps)),
         )
@@ -387,17 +387,17 @@ class _Planner:
         module = self.modules[owner]
         bits = self.recipe.activation_bits
         if role.kind == 'query_key':
-            left = _operand('query', QuantizerSpec(bits, True, 'head'), call.left_shape, module, call.einsum)
-            right = _operand('key', QuantizerSpec(bits, True, 'head'), call.right_shape, module, call.einsum)
+            left = _operand('query', QuantizerSpec(bits, True, 'head'), call.left_shape, module, call)
+            right = _operand('key', QuantizerSpec(bits, True, 'head'), call.right_shape, module, call)
         else:
             attention = QuantizerSpec(bits, None, 'head')
             value = QuantizerSpec(bits, True, 'head')
             if role.attention_right:
-                left = _operand('value', value, call.left_shape, module, call.einsum)
-                right = _operand('attention_map', attention, call.right_shape, module, call.einsum)
+                left = _operand('value', value, call.left_shape, module, call)
+                right = _operand('attention_map', attention, call.right_shape, module, call)
             else:
-                left = _operand('attention_map', attention, call.left_shape, module, call.einsum)
-                right = _operand('value', value, call.right_shape, module, call.einsum)
+                left = _operand('attention_map', attention, call.left_shape, module, call)
+                right = _operand('value', value, call.right_shape, module, call)
                 if not call.einsum and _columns_are_channels(module, call.right_shape):
                     right = _per_channel(right, call.right_shape[-1])
         return ProductPlan(owner, position, left, right, call.multiplications)
@@ -413,6 +413,11 @@ class _Planner:
             if not self._products_before(softmax) and softmax.layers:
                 # Outlook and factorized attention: the map comes straight from a layer, there is no such product.
                 feeds = reads
+            if not reads and not feeds and not softmax.layers and self.targets.covers(name):
+                raise ProductError(
+                    f'{name}: a softmax of neither a layer nor a product that is known; its attention may be computed '
+                    f"another way. Name the module in skip=('{name}',) to leave it out"
+                )
             if reads != feeds and self.targets.covers(name):
                 missing = 'query-key' if reads else 'attention-value'
                 raise ProductError(
@@ -433,17 +438,30 @@ class _Planner:
 
     # The rest
 
-    def _blocks(self, owners: set[str]) -> list[str]:
-        """Innermost members of a list that keep their input's shape and hold an attention, in running order."""
-        same_shape = set(self.trace.blocks)
+    def _blocks(self, owners: set[str], maps: list[MapPlan]) -> list[str]:
+        """Innermost members of a list that map tokens to as many, and hold an attention; in running order."""
         found: list[str] = []
         for name in dict.fromkeys(self.trace.ran):
             parent = self.modules.get(name.rpartition('.')[0]) if name else None
-            if not isinstance(parent, (nn.ModuleList, nn.Sequential)) or name not in same_shape:
+            if not isinstance(parent, (nn.ModuleList, nn.Sequential)) or name not in self.trace.blocks:
                 continue
             if self.trace.ran.count(name) == 1 and any(o == name or o.startswith(name + '.') for o in owners):
                 found.append(name)
-        return [n for n in found if not any(other.startswith(n + '.') for other in found)]
+        innermost = [n for n in found if not any(other.startswith(n + '.') for other in found)]
+        tokens = [name for name in innermost if self._channels_last(name, maps)]
+        if self.recipe.compensation == 'qwt' and innermost and not tokens:
+            raise RecipeError(
+                f"compensation='qwt' needs blocks of tokens (..., channels); those of {type(self.model).__name__}, "
+                f"such as {innermost[0]}, run on feature maps (channels, height, width): use 'ridge' or 'affine'"
+            )
+        return tokens
+
+    def _channels_last(self, block: str, maps: list[MapPlan]) -> bool:
+        """Whether the last axis of a block's input is that of its channels, and no other could be."""
+        shape = self.trace.blocks[block]
+        layers = [self.modules[m.name] for m in maps if m.name.startswith(f'{block}.')]
+        width = next((layer.in_features for layer in layers if isinstance(layer, nn.Linear)), None)
+        return shape[-1] == width and (len(shape) < 4 or shape[1] != width)
 
     def _norms(self, maps: list[MapPlan]) -> list[tuple[str, str]]:
         """LayerNorms that one layer alone reads, with that layer: its input scales can move into them."""
@@ -457,7 +475,9 @@ class _Planner:
             norm = next(iter(sources[a_map.name]), '')
             alone = norm and sources[a_map.name] == {norm} and readers[norm] == {a_map.name}
             foldable = a_map.kind == 'linear' and a_map.input is not None and not a_map.input.spec.offset
-            if alone and foldable and norm not in self.trace.shared_norms:
+            # What a classifier reads is what others take for the model's features.
+            final = a_map.name in self.trace.final_layers
+            if alone and foldable and not final and norm not in self.trace.shared_norms:
                 pairs.append((norm, a_map.name))
         return pairs
 
@@ -474,15 +494,17 @@ class _Planner:
         return [Floating(f'{n} x {kind}', kind, 'floating point by design', 0) for kind, n in counts.items()]
 
 
-def _operand(site: str, spec: QuantizerSpec, shape: tuple[int, ...], owner: nn.Module, einsum: bool) -> OperandPlan:
+def _operand(
+    site: str, spec: QuantizerSpec, shape: tuple[int, ...], owner: nn.Module, call: ProductCall
+) -> OperandPlan:
     """One scale a head where the head's axis is certain, else one in all."""
     heads = next((h for a in _HEADS if isinstance(h := getattr(owner, a, None), int) and h > 1), 1)
     batch = shape[:-2]
     axes = [axis for axis, size in enumerate(batch) if axis > 0 and size == heads]
-    if not einsum and heads > 1:
+    if not call.einsum and heads > 1:
         if len(axes) == 1:
             return OperandPlan(site, spec, (heads,) + (1,) * (len(shape) - axes[0] - 1))
-        if not axes and len(batch) == 1 and batch[0] % heads == 0:
+        if not axes and len(batch) == 1 and call.merged == heads:
             return OperandPlan(site, spec, (heads, 1, 1), merged_heads=heads)
     return OperandPlan(site, QuantizerSpec(spec.bits, spec.signed, 'tensor'), (1,))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,22 +16,31 @@ from gplq.fused_attention import quantized_attention
 from gplq.layers.linear import QuantizedLinear
 from gplq.quantizer import Quantizer
 
-__all__ = ['ProductOwner', 'QuantizedProduct', 'is_product', 'scaled_dot_product_parts']
+__all__ = ['ProductOwner', 'QuantizedProduct', 'product_operands', 'scaled_dot_product_parts']
 
-_MATMULS = frozenset({torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__})
+_MATMULS = frozenset(
+    {torch.matmul, torch.linalg.matmul, torch.bmm, torch.mm} | {Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm}
+)
 
 
-def is_product(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Whether a call multiplies two tensors that are not parameters, as a matrix product or a two-operand einsum."""
+def product_operands(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
+    """The operands of a call that multiplies two tensors which are no parameters, None for any other call.
+
+    Such calls are matrix products and einsums of two operands.
+    """
     if func in _MATMULS:
-        operands = args[:2]
+        operands = (*args, *(kwargs[name] for name in ('input', 'other', 'mat2') if name in kwargs))
     elif func is torch.einsum:
         operands = args[1:]
         if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
             operands = tuple(operands[0])
     else:
-        return False
-    return len(operands) == 2 and all(isinstance(x, Tensor) and not isinstance(x, nn.Parameter) for x in operands)
+        return None
+    if len(operands) != 2 or any(not isinstance(x, Tensor) or isinstance(x, nn.Parameter) for x in operands):
+        return None
+    return operands[0], operands[1]
 
 
 def scaled_dot_product_parts(
@@ -64,6 +74,9 @@ def scaled_dot_product_parts(
         else:
             scores = scores + attn_mask
     attention = F.softmax(scores, dim=-1)
+    if attn_mask is not None:
+        # A query that may look at nothing gets nothing, as from the fused kernel.
+        attention = attention.masked_fill(scores.isneginf().all(dim=-1, keepdim=True), 0.0)
     if dropout_p > 0:
         attention = F.dropout(attention, dropout_p)
     return attention_value(attention, value)
@@ -137,8 +150,14 @@ class ProductOwner(nn.Module):
         return y
 
 
-# The modes whose forward is running, innermost last: a product belongs to the innermost alone.
-_RUNNING: list[_ProductMode] = []
+class _Running(threading.local):
+    """The modes whose forward is running in a thread, innermost last: a product belongs to the innermost alone."""
+
+    def __init__(self) -> None:
+        self.modes: list[_ProductMode] = []
+
+
+_RUNNING = _Running()
 
 
 class _ProductMode(TorchFunctionMode):
@@ -148,25 +167,26 @@ class _ProductMode(TorchFunctionMode):
         self.calls = 0
 
     def __enter__(self) -> _ProductMode:
-        _RUNNING.append(self)
+        _RUNNING.modes.append(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        _RUNNING.pop()
+        _RUNNING.modes.pop()
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if _RUNNING[-1] is self:
+        if _RUNNING.modes[-1] is self:
             if func is F.linear and self.owner.functional_linears:
                 return self._linear(*args, **kwargs)
             if func is F.scaled_dot_product_attention:
                 return self._attention(*args, **kwargs)
-            if is_product(func, args):
-                return self._product(func, args, kwargs)
+            operands = product_operands(func, args, kwargs)
+            if operands is not None:
+                return self._product(func, args, kwargs, operands)
         return func(*args, **kwargs)
 
     def _next(self) -> QuantizedProduct | None:
@@ -178,14 +198,15 @@ class _ProductMode(TorchFunctionMode):
                 return product
         return None
 
-    def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _product(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: tuple[Tensor, Tensor]
+    ) -> Any:
         product = self._next()
         if product is None:
             return func(*args, **kwargs)
         if func is torch.einsum:
-            left, right = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
-            return product(left, right, lambda a, b: torch.einsum(args[0], a, b))
-        return product(args[0], args[1], torch.matmul)
+            return product(*operands, lambda left, right: torch.einsum(args[0], left, right))
+        return product(*operands, torch.matmul)
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         query_key, attention_value = self._next(), self._next()

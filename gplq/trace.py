@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from gplq.products import is_product, scaled_dot_product_parts
+from gplq.products import product_operands, scaled_dot_product_parts
 
 __all__ = ['LinearCall', 'ProductCall', 'SoftmaxCall', 'Trace', 'evaluating', 'trace_forward']
 
@@ -51,9 +51,15 @@ _JOINS = frozenset(
 )
 
 
+_MERGES = frozenset({Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape, torch.flatten})
+
+
 @dataclass(frozen=True)
 class _Tag:
-    """What is known of a tensor: the products, softmaxes and layers it comes from, and what made it."""
+    """What is known of a tensor: the products, softmaxes and layers it comes from, and what made it.
+
+    ``merged`` is the inner factor of an axis third from last into which two were merged, 0 without one.
+    """
 
     constant: bool = False
     products: frozenset[int] = frozenset()
@@ -62,6 +68,7 @@ class _Tag:
     gelu: bool = False
     image: bool = False
     norm: str = ''
+    merged: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,10 @@ class LinearCall:
 
 @dataclass(frozen=True)
 class ProductCall:
-    """A product of two tensors that are not parameters; ``stack`` names the running modules, innermost last."""
+    """A product of two tensors that are not parameters; ``stack`` names the running modules, innermost last.
+
+    ``merged`` is how many heads lie innermost in a batch axis that they share with the images, 0 if none do.
+    """
 
     stack: tuple[str, ...]
     left_shape: tuple[int, ...]
@@ -96,6 +106,7 @@ class ProductCall:
     einsum: bool
     left_softmaxes: frozenset[int]
     right_softmaxes: frozenset[int]
+    merged: int
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,7 @@ class Trace:
     products: list[ProductCall] = field(default_factory=list)
     softmaxes: list[SoftmaxCall] = field(default_factory=list)
     opaque: dict[str, str] = field(default_factory=dict)
-    blocks: list[str] = field(default_factory=list)
+    blocks: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ran: list[str] = field(default_factory=list)
     final_layers: frozenset[str] = frozenset()
     shared_norms: set[str] = field(default_factory=set)
@@ -158,6 +169,20 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
+
+
+def _inner_factor(before: torch.Size, after: torch.Size) -> int:
+    """Of the axes that a reshape merged into one in front of the last two, the innermost's length; 0 without any.
+
+    Fairseq's ``(n, batch, heads * d) -> (n, batch * heads, d)``, turned around afterwards, counts as well.
+    """
+    if len(before) > len(after) >= 3 and before[-2:] == after[-2:] and after[-3] % max(1, before[-3]) == 0:
+        # As many images as heads: either could lie inside.
+        return 0 if before[-3] ** 2 == after[-3] > 1 else int(before[-3])
+    if len(before) == len(after) == 3 and before[0] == after[0] and before[1] and after[1] % before[1] == 0:
+        inner = after[1] // before[1]
+        return inner if before[2] == inner * after[2] else 0
+    return 0
 
 
 class _Tracer(TorchFunctionMode):
@@ -204,7 +229,7 @@ class _Tracer(TorchFunctionMode):
         name = self._running.pop()
         given, made = next(_tensors(args), None), output
         if given is not None and isinstance(made, Tensor) and made.shape == given.shape:
-            self.trace.blocks.append(name)
+            self.trace.blocks[name] = tuple(made.shape)
 
     def _mark(self, x: Tensor, tag: _Tag) -> None:
         self._kept.append(x)
@@ -222,8 +247,10 @@ class _Tracer(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         output = func(*args, **kwargs)
-        if is_product(func, args):
-            return self._product(func, args, output)
+        operands = product_operands(func, args, kwargs)
+        if operands is not None:
+            self._record_product(*operands, output, einsum=func is torch.einsum)
+            return output
         given = list(_tensors((args, kwargs)))
         tags = [self._tag(x) for x in given]
         if func in _SOFTMAX:
@@ -246,10 +273,12 @@ class _Tracer(TorchFunctionMode):
             gelu=func is F.gelu or (func in _MOVES and bool(tags) and tags[0].gelu),
             image=not learned and any(tag.image for tag in tags),
             norm=self._follow_norm(func, args, kwargs, tags, output),
+            merged=max((tag.merged for tag in tags), default=0),
         )
         for x in _tensors(output):
             if not isinstance(x, nn.Parameter):
-                self._mark(x, tag)
+                merged = _inner_factor(given[0].shape, x.shape) if func in _MERGES else 0
+                self._mark(x, replace(tag, merged=merged) if merged else tag)
         return output
 
     def _follow_norm(
@@ -277,14 +306,7 @@ class _Tracer(TorchFunctionMode):
             return
         index = len(self.trace.softmaxes)
         self.trace.softmaxes.append(SoftmaxCall(tuple(self._running), x.numel(), tag.products, tag.layers))
-        self._mark(output, _Tag(softmaxes=frozenset({index})))
-
-    def _product(self, func: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        operands: Any = args[:2]
-        if func is torch.einsum:
-            operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
-        self._record_product(operands[0], operands[1], output, einsum=func is torch.einsum)
-        return output
+        self._mark(output, _Tag(softmaxes=frozenset({index}), merged=tag.merged))
 
     def _record_product(self, left: Tensor, right: Tensor, output: Tensor, *, einsum: bool = False) -> None:
         tags = self._tag(left), self._tag(right)
@@ -300,10 +322,11 @@ class _Tracer(TorchFunctionMode):
             einsum=einsum,
             left_softmaxes=tags[0].softmaxes,
             right_softmaxes=tags[1].softmaxes,
+            merged=max(tag.merged for tag in tags),
         )
         index = len(self.trace.products)
         self.trace.products.append(call)
-        self._mark(output, _Tag(products=frozenset({index})))
+        self._mark(output, _Tag(products=frozenset({index}), merged=call.merged))
 
     def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
         """Take the fused attention apart, so that its parts are seen like those of any other."""

@@ -63,3 +63,16 @@ def test_the_weight_stage_folds_when_told(model, inputs):
     assert torch.equal(model.a.quantization.input.scale, torch.ones(6))
     assert not torch.equal(model.b.quantization.input.scale, torch.ones(6))
     assert record_of(model).plan.recipe.fold_layernorm
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm, self.head = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.fc(x).mean(1)))
+
+
+def test_a_classifiers_norm_stays_since_others_read_its_features(inputs):
+    assert gplq.prepare(Pooled(), 'w8a8', inputs[:1]).norms == ()

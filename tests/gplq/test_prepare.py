@@ -273,3 +273,129 @@ def test_a_weight_used_by_the_parent_is_quantized() -> None:
         assert not torch.allclose(model[0](x), expected)
         gplq.quantize_weights(model, [x])
         assert model[0].child.weight.mul(1).unique().numel() <= 16
+
+
+class OtherProducts(nn.Module):
+    """An attention whose products are taken in a way that no one watches."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.way == 'baddbmm':
+            empty = x.new_zeros(1, 1, 1)
+            scores = torch.baddbmm(empty, q, k.transpose(-2, -1))
+            return torch.baddbmm(empty, scores.softmax(-1), v)
+        scores = (q[:, :, None] * k[:, None]).sum(-1)
+        return (scores.softmax(-1)[..., None] * v[:, None]).sum(2)
+
+
+@pytest.mark.parametrize('way', ['baddbmm', 'sum'])
+def test_an_attention_by_other_operations_is_refused(way: str) -> None:
+    with pytest.raises(ProductError, match=r'OtherProducts|the model|skip'):
+        gplq.prepare(OtherProducts(way), 'w4a4', torch.randn(2, 5, 8))
+
+
+class MergedHeads(nn.Module):
+    """Heads and images in one axis, one inside the other or the other way round."""
+
+    num_heads = 2
+
+    def __init__(self, inside: str) -> None:
+        super().__init__()
+        self.inside = inside
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        if self.inside == 'images':
+            q, k, v = (y.transpose(0, 1) for y in (q, k, v))
+        q, k, v = (y.reshape(b * 2, n, 4) for y in (q, k, v))
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        shape, order = ((b, 2, n, 4), (0, 2, 1, 3)) if self.inside == 'heads' else ((2, b, n, 4), (1, 2, 0, 3))
+        return self.proj(y.reshape(shape).permute(order).reshape(b, n, 8))
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize(('inside', 'merged'), [('heads', 2), ('images', 0)])
+def test_merged_heads_have_scales_of_their_own_only_where_they_lie_inside(inside: str, merged: int, batch: int) -> None:
+    torch.manual_seed(0)
+    model = MergedHeads(inside).eval()
+    images = torch.randn(4, 5, 8)
+    plan = gplq.prepare(model, 'w8a4', images[:batch])
+    assert {p.left.merged_heads for p in plan.products} == {merged}
+    gplq.calibrate(model, [images])
+    with torch.no_grad():
+        alone = torch.cat([model(image[None]) for image in images])
+        assert torch.allclose(model(images), alone, atol=1e-5), 'an image must not depend on its batch'
+
+
+def test_an_encoder_layer_of_torch_is_quantized_in_inference() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0, activation='gelu')
+    model = nn.TransformerEncoder(layer, 2).eval()
+    tokens = torch.randn(4, 5, 8)
+    with torch.no_grad():
+        expected = model(tokens)
+        gplq.prepare(model, 'w8a8', tokens)
+        assert torch.allclose(model(tokens), expected, atol=1e-5)
+        gplq.calibrate(model, [tokens])
+        gplq.quantize_weights(model, [tokens])
+        error = float((model(tokens) - expected).norm() / expected.norm())
+    assert 0 < error < 0.05
+
+
+class OneKey(nn.Module):
+    """Multi-query attention: all heads share a key and a value."""
+
+    num_heads = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q = self.q(x).reshape(b, n, 2, 4).transpose(1, 2)
+        k, v = self.kv(x)[:, None].chunk(2, -1)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, 8)
+
+
+def test_heads_that_share_a_key() -> None:
+    torch.manual_seed(0)
+    model = OneKey()
+    tokens = torch.randn(4, 5, 8)
+    expected = model(tokens)
+    gplq.prepare(model, 'w8a8', tokens)
+    gplq.calibrate(model, [tokens])
+    found = model(tokens)
+    assert float((found - expected).norm() / expected.norm()) < 0.05
+    found.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+class OnMaps(nn.Module):
+    """A block of tokens, or one that takes a feature map and turns it around inside."""
+
+    def __init__(self, tokens: bool) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.qkv = nn.Linear(4, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x if self.tokens else x.flatten(2).transpose(1, 2)
+        y = F.scaled_dot_product_attention(*self.qkv(y).chunk(3, -1))
+        return y if self.tokens else y.transpose(1, 2).reshape(x.shape)
+
+
+def test_blocks_have_their_channels_last() -> None:
+    tokens, maps = torch.randn(2, 6, 4), torch.randn(2, 4, 3, 4)
+    plan = gplq.prepare(nn.Sequential(OnMaps(True), OnMaps(True)), 'w4a4', tokens)
+    assert plan.blocks == ('0', '1')
+    assert gplq.prepare(nn.Sequential(OnMaps(False)), 'w4a4', maps).blocks == ()
+    with pytest.raises(RecipeError, match=r"such as 0, run on feature maps .* use 'ridge' or 'affine'"):
+        gplq.prepare(nn.Sequential(OnMaps(False)), gplq.Recipe.paper(4, 4), maps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 
 import gplq
 from gplq.errors import ProductError
-from gplq.products import is_product, scaled_dot_product_parts
+from gplq.fused_attention import quantized_attention
+from gplq.products import product_operands, scaled_dot_product_parts
 from gplq.record import named_products, named_quantizers
 
 
@@ -51,15 +53,42 @@ def test_parts_equal_the_fused_attention_with_grouped_queries() -> None:
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize('fused', [False, True])
+def test_a_query_that_may_look_at_nothing_gets_nothing(fused: bool) -> None:
+    query, key, value = (torch.randn(2, 3, 4, 8) for _ in range(3))
+    mask = torch.zeros(4, 4)
+    mask[1] = float('-inf')
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    if fused:
+        # So fine a scale changes nothing.
+        scale = torch.full((1, 1, 1, 1), 2.0**-20)
+        found = quantized_attention(query * 8**-0.5, key, value, mask, scale, 0, 2**20)
+    else:
+        found = scaled_dot_product_parts(torch.matmul, torch.matmul, query, key, value, attn_mask=mask)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not found[:, :, 1].any()
+
+
 def test_what_is_a_product() -> None:
     x, weight = torch.ones(2, 2), nn.Parameter(torch.ones(2, 2))
-    assert is_product(torch.matmul, (x, x))
-    assert is_product(Tensor.__matmul__, (x, x))
-    assert is_product(torch.einsum, ('ij,jk->ik', x, x))
-    assert is_product(torch.einsum, ('ij,jk->ik', [x, x]))
-    assert not is_product(torch.matmul, (x, weight))
-    assert not is_product(torch.einsum, ('ij,jk,kl->il', x, x, x))
-    assert not is_product(torch.add, (x, x))
+    y = torch.zeros(2, 2)
+    for func, args, kwargs in (
+        (torch.matmul, (x, y), {}),
+        (torch.matmul, (x,), {'other': y}),
+        (torch.matmul, (), {'input': x, 'other': y}),
+        (torch.bmm, (x,), {'mat2': y}),
+        (torch.mm, (x, y), {}),
+        (torch.linalg.matmul, (x, y), {}),
+        (Tensor.__matmul__, (x, y), {}),
+        (torch.einsum, ('ij,jk->ik', x, y), {}),
+        (torch.einsum, ('ij,jk->ik', [x, y]), {}),
+    ):
+        found = product_operands(func, args, kwargs)
+        assert found is not None, func
+        assert found[0] is x and found[1] is y, func
+    assert product_operands(torch.matmul, (x, weight), {}) is None
+    assert product_operands(torch.einsum, ('ij,jk,kl->il', x, x, x), {}) is None
+    assert product_operands(torch.add, (x, x), {}) is None
 
 
 class Einsum(nn.Module):
@@ -182,3 +211,18 @@ def test_compiles_in_one_graph(toy_vit: Callable[..., nn.Module], images: Tensor
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     with torch.no_grad():
         assert torch.allclose(compiled(images), model(images), atol=1e-5)
+
+
+def test_threads_do_not_see_each_others_products(toy_vit: Callable[..., nn.Module], images: Tensor) -> None:
+    model = toy_vit().eval()
+    gplq.prepare(model, 'w4a4', images[:2])
+    gplq.calibrate(model, [images])
+    with torch.no_grad():
+        expected = model(images[:2])
+
+    def run(_: int) -> bool:
+        with torch.no_grad():
+            return torch.equal(model(images[:2]), expected)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(run, range(100)))
