@@ -80,10 +80,9 @@ class WeightView:
     rows: int | None = None
 
     def matrix(self) -> Tensor:
-        """The weight as ``(rows, columns)``; a view of the parameter."""
-        weight: Tensor = getattr(self.owner, self.parameter).detach()
-        weight = weight.reshape(weight.shape[0], -1)
-        return weight if self.rows is None else weight[self.first_row : self.first_row + self.rows]
+        """The weight as ``(rows, columns)``, to read: a copy where the parameter's memory has another order."""
+        weight = self._slice()
+        return weight.reshape(weight.shape[0], -1)
 
     def bias_vector(self) -> Tensor | None:
         """The owner's bias ``(rows,)``, None if it has none."""
@@ -95,5 +94,11 @@ class WeightView:
 
     @torch.no_grad()
     def write(self, matrix: Tensor) -> None:
-        """Put values into the parameter."""
-        self.matrix().copy_(matrix)
+        """Put values ``(rows, columns)`` into the parameter."""
+        weight = self._slice()
+        weight.copy_(matrix.reshape(weight.shape))
+
+    def _slice(self) -> Tensor:
+        """The parameter, or the rows of it that are this map's; shares its memory."""
+        weight: Tensor = getattr(self.owner, self.parameter).detach()
+        return weight if self.rows is None else weight[self.first_row : self.first_row + self.rows]
