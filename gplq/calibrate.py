@@ -40,7 +40,8 @@ def calibrate(
     """Choose scale, offset and sign of every activation quantizer, then switch all of them on.
 
     The model runs in inference mode and floating point, the training's random state is left alone. Queries and
-    keys are evened out first where that is exact (``recipe.equalize``).
+    keys are evened out first where that is exact (``recipe.equalize``). Calibrating again starts from the plan,
+    signs included.
 
     Args:
         model: prepared.
@@ -66,15 +67,14 @@ def calibrate(
                 _run(model, batch, forward)
                 samples += batch_size(batch)
             observers = {name: q.observer for name, q in named_quantizers(model) if q.observer is not None}
-    signs: dict[str, bool] = {}
+    settled = {name: _with_sign(name, plan.spec, observers[name]) for name, plan in record.plan.operands().items()}
     for plan, view in progress(weight_views(model), 'input scales'):
         if view.map.input is not None:
             name = f'{plan.name}:{plan.kind}'
-            signs[name] = _settle_input(name, plan, view, view.map.input, observers[name], recipe, samples)
+            _settle_input(name, plan, view, view.map.input, settled[name], observers[name], recipe, samples)
     for name, product in named_products(model):
         for site, quantizer in zip(product.sites, product.operands, strict=True):
-            signs[f'{name}:{site}'] = _settle(f'{name}:{site}', quantizer, observers[f'{name}:{site}'], samples)
-    record.plan = record.plan.with_signs(signs)
+            _settle(quantizer, settled[f'{name}:{site}'], observers[f'{name}:{site}'], samples)
     record.stage = Stage.CALIBRATED
 
 
@@ -118,32 +118,26 @@ def _settle_input(
     plan: MapPlan,
     view: WeightView,
     quantizer: Quantizer,
+    spec: QuantizerSpec,
     observer: Observer,
     recipe: Recipe,
     samples: int,
-) -> bool:
+) -> None:
     if not isinstance(observer, VectorObserver):
-        return _settle(name, quantizer, observer, samples)
-    signed = _sign(name, quantizer, observer)
-    spec = _with_sign(quantizer, signed)
+        _settle(quantizer, spec, observer, samples)
+        return
     found = search_input_scale(observer.vectors(), observer.seen, view.matrix(), spec, plan.weight_bits, recipe)
     _log.debug('%s: exponent %g, clip %g, balanced %s', name, found.exponent, found.clip, found.balanced)
-    quantizer.initialize(found.scale, found.offset, signed=signed, elements=observer.elements / samples)
-    return signed
+    quantizer.initialize(found.scale, found.offset, signed=bool(spec.signed), elements=observer.elements / samples)
 
 
-def _settle(name: str, quantizer: Quantizer, observer: Observer, samples: int) -> bool:
-    signed = _sign(name, quantizer, observer)
-    scale, offset = observer.propose(_with_sign(quantizer, signed))
-    quantizer.initialize(scale, offset, signed=signed, elements=observer.elements / samples)
-    return signed
+def _settle(quantizer: Quantizer, spec: QuantizerSpec, observer: Observer, samples: int) -> None:
+    scale, offset = observer.propose(spec)
+    quantizer.initialize(scale, offset, signed=bool(spec.signed), elements=observer.elements / samples)
 
 
-def _sign(name: str, quantizer: Quantizer, observer: Observer) -> bool:
+def _with_sign(name: str, planned: QuantizerSpec, observer: Observer) -> QuantizerSpec:
+    """The planned spec with the sign that the values call for, where the plan leaves it open."""
     if observer.elements == 0:
         raise CalibrationError(f'{name} was never reached by the calibration batches; name it in skip')
-    return observer.signed if quantizer.spec.signed is None else quantizer.spec.signed
-
-
-def _with_sign(quantizer: Quantizer, signed: bool) -> QuantizerSpec:
-    return replace(quantizer.spec, signed=signed)
+    return replace(planned, signed=observer.signed) if planned.signed is None else planned

@@ -33,9 +33,10 @@ def describe(model: nn.Module) -> dict[str, str]:
     record = record_of(model)
     compensated = [name for name, m in model.named_modules() if isinstance(m, CompensatedBlock)]
     corrected = [view.name for _, view in weight_views(model) if view.map.corrected]
+    signs = {name: q.spec.signed for name, q in named_quantizers(model) if q.spec.signed is not None}
     return {
         'format': FORMAT,
-        'plan': record.plan.to_json(),
+        'plan': record.plan.with_signs(signs).to_json(),
         'stage': record.stage.value,
         'compensated': json.dumps(compensated),
         'corrected': json.dumps(corrected),
@@ -75,7 +76,6 @@ def adopt(model: nn.Module, description: dict[str, str]) -> None:
     there = [(m.name, m.kind) for m in plan.maps] + [(p.owner, str(p.index)) for p in plan.products]
     if here != there:
         raise CheckpointError('the checkpoint quantizes other layers than this model: it is of another architecture')
-    record.plan = plan
     operands = plan.operands()
     for name, quantizer in named_quantizers(model):
         quantizer.spec = operands[name].spec

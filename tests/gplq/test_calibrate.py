@@ -1,0 +1,67 @@
+"""Calibration: signs, LSQ's element counts, and what a second calibration may not inherit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gplq
+from gplq.record import named_quantizers
+from gplq.serialization import adopt, describe
+
+Make = Callable[..., nn.Module]
+
+
+def prepared(make: Make, images: Tensor, recipe: gplq.Recipe | str = 'w4a4') -> nn.Module:
+    model = make(depth=1)
+    gplq.prepare(model, recipe, images[:2])
+    return model
+
+
+def test_calibrating_again_forgets_the_first_sign(toy_vit: Make, images: Tensor) -> None:
+    model, expected = prepared(toy_vit, images), prepared(toy_vit, images)
+    gplq.calibrate(model, [images.abs()])
+    pixels = dict(named_quantizers(model))['patch_embed:conv2d']
+    assert pixels.spec.signed is False
+    gplq.calibrate(model, [images])
+    gplq.calibrate(expected, [images])
+    assert pixels.spec.signed is True
+    assert describe(model) == describe(expected)
+
+
+def test_a_checkpoint_brings_its_signs_and_calibrating_again_forgets_them(toy_vit: Make, images: Tensor) -> None:
+    source, model = prepared(toy_vit, images), prepared(toy_vit, images)
+    gplq.calibrate(source, [images.abs()])
+    adopt(model, describe(source))
+    pixels = dict(named_quantizers(model))['patch_embed:conv2d']
+    assert pixels.spec.signed is False
+    gplq.calibrate(model, [images])
+    assert pixels.spec.signed is True
+
+
+@pytest.mark.parametrize('linear_input', ['channel', 'tensor'])
+def test_elements_are_those_of_one_sample(toy_vit: Make, images: Tensor, linear_input: str) -> None:
+    """LSQ's gradient would otherwise depend on how many images were calibrated on."""
+    model = prepared(toy_vit, images, gplq.Recipe.gplq(linear_input=linear_input))
+    gplq.calibrate(model, [images[:5], images[5:]])
+    found = {name: float(q.elements_per_scale) for name, q in named_quantizers(model)}
+    # 16 tokens of 16 channels (32 after fc1), two heads of 8 channels each.
+    share = 16 if linear_input == 'tensor' else 1
+    assert found['patch_embed:conv2d'] == 3 * 16 * 16
+    assert found['blocks.0.fc1:linear'] == 16 * share
+    assert found['blocks.0.fc2:linear'] == 16 * (32 if linear_input == 'tensor' else 1)
+    assert found['head:linear'] == share
+    assert found['blocks.0.attn:0:query'] == 16 * 8
+    assert found['blocks.0.attn:1:attention_map'] == 16 * 16
+    assert found['blocks.0.attn:1:value'] == 16
+
+
+def test_a_site_never_reached_leaves_the_quantizers_alone(toy_vit: Make, images: Tensor) -> None:
+    model = prepared(toy_vit, images)
+    with pytest.raises(gplq.GPLQError, match='never reached'):
+        gplq.calibrate(model, [images], forward=lambda m, batch: m.patch_embed(batch))
+    assert not any(q.enabled for _, q in named_quantizers(model))
+    assert torch.equal(model(images), toy_vit(depth=1)(images))
