@@ -63,6 +63,9 @@ def test_bits_that_are_no_integer_are_refused(bits: Any) -> None:
         ('weight_scheme', 'gptq'),
         ('compensation', 'lora'),
         ('calibration_samples', 0),
+        ('calibration_samples', 'all'),
+        ('clips', 0.5),
+        ('fold', 1),
     ],
 )
 def test_settings_outside_their_range_are_refused_by_name(setting: str, value: Any) -> None:
