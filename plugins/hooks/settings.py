@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, get_type_hints
 
 from gplq.activation_stage import ActivationStage
 from gplq.errors import RecipeError
 from gplq.recipe import Recipe
+from gplq.typecheck import check_types
 
 __all__ = ['HookSettings']
 
 METHODS = {'gplq': Recipe.gplq, 'paper': Recipe.paper, 'rtn': Recipe.rtn}
 # Where a method's activation stage differs from the default.
 STAGES: dict[str, dict[str, Any]] = {'paper': {'reduction': 'sum'}}
+Patterns = str | tuple[str, ...]
+LEAST = {'iterations': 0, 'minimum_iterations': 0, 'seed': 0, 'calibration_batch_size': 1, 'resume_interval': 0}
+
+
+class Arguments(TypedDict, total=False):
+    """What a hook takes in another form than :class:`HookSettings` keeps it; None is the default of each.
+
+    The first four are fields of the recipe and ``mimicking`` is ``stage``'s ``mimicking_weight``, where True is 1;
+    ``recipe`` may be bits such as ``'w4a4'``.
+    """
+
+    weight_bits: int | None
+    activation_bits: int | None
+    targets: Patterns | None
+    skip: Patterns | None
+    mimicking: bool | float | None
+    method: Literal['gplq', 'paper', 'rtn'] | None
+    recipe: str | dict[str, Any] | None
+    stage: dict[str, Any] | None
+    example_size: int | tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -24,7 +45,7 @@ class HookSettings:
     Attributes:
         recipe: how the model is quantized.
         stage: learning rates and feature loss of the activation stage.
-        part: attribute of the model to which patterns are relative and whose outputs are mimicked.
+        part: attribute of the model that is quantized where no targets are named, and whose outputs are mimicked.
         iterations: of the activation stage; None chooses, 0 leaves it out: plain post-training quantization.
         minimum_iterations: the choice is one epoch or this, whichever is more, at most a tenth of FP32 training.
         keep_schedule: leave length, optimizer and schedule as the config has them.
@@ -50,60 +71,46 @@ class HookSettings:
     resume_interval: int = 200
 
     def __post_init__(self) -> None:
-        if self.iterations is not None and self.iterations < 0:
-            raise RecipeError(f'iterations={self.iterations} must not be negative')
-        if self.resume_interval < 0:
-            raise RecipeError(f'resume_interval={self.resume_interval} must not be negative; 0 writes no resume points')
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise RecipeError(f'{name}={value} must be at least {least}')
+        if self.example_size is not None and min(self.example_size) < 1:
+            raise RecipeError(f'example_size={self.example_size} must be at least 1')
+        if self.stage.rank is not None and self.stage.rank < 1:
+            raise RecipeError(f'stage.rank={self.stage.rank} must be at least 1')
+        if not 0 < self.stage.explained_variance <= 1:
+            raise RecipeError(f'stage.explained_variance={self.stage.explained_variance} must be in (0, 1]')
         if self.label_free and self.stage.mimicking_weight == 0:
             raise RecipeError('label_free=True trains on mimicking alone: set mimicking above 0')
 
     @classmethod
-    def from_config(
-        cls,
-        weight_bits: int = 4,
-        activation_bits: int = 4,
-        method: str = 'gplq',
-        targets: str | Sequence[str] | None = None,
-        skip: str | Sequence[str] = (),
-        mimicking: float | bool | None = None,
-        recipe: dict[str, Any] | None = None,
-        stage: dict[str, Any] | None = None,
-        part: str = 'backbone',
-        example_size: int | Sequence[int] | None = None,
-        **run: Any,
-    ) -> HookSettings:
-        """Translate a hook's arguments; lists become tuples, unknown names become errors.
+    def from_config(cls, **config: Any) -> HookSettings:
+        """Translate a hook's arguments: those of :class:`Arguments` and the other fields of this class.
 
         Raises:
-            RecipeError: for a name or value that is not supported.
+            RecipeError: for a name, type or value that is not supported.
         """
-        if method not in METHODS:
-            raise RecipeError(f'method={method!r} is not one of {sorted(METHODS)}')
-        known = {field.name for field in fields(cls)} - {'recipe', 'stage'}
-        for given, names, what in (
-            (run, known, 'the hook'),
-            (recipe or {}, {f.name for f in fields(Recipe)}, 'recipe'),
-            (stage or {}, {f.name for f in fields(ActivationStage)}, 'stage'),
-        ):
-            unknown = sorted(set(given) - names)
-            if unknown:
-                raise RecipeError(f'{what} has no setting {unknown}; known are {sorted(names)}')
-        patterns = [part] if targets is None else _listed(targets)
-        options = {**STAGES.get(method, {}), **(stage or {})}
-        if mimicking is not None:
-            options['mimicking_weight'] = float(mimicking)
-        if isinstance(example_size, int):
-            example_size = (example_size, example_size)
+        given = _checked(config, {**get_type_hints(cls), **get_type_hints(Arguments)}, 'the hook')
+        given = {name: value for name, value in given.items() if value is not None}
+        method = given.pop('method', 'gplq')
+        recipe, stage = given.pop('recipe', {}), given.pop('stage', {})
+        if isinstance(recipe, str):
+            bits = Recipe.from_string(recipe)
+            recipe = {'weight_bits': bits.weight_bits, 'activation_bits': bits.activation_bits}
+        if 'mimicking' in given:
+            given['mimicking_weight'] = float(given.pop('mimicking'))
+        recipe = _with(recipe, 'recipe', given, ('weight_bits', 'activation_bits', 'targets', 'skip'))
+        stage = _with(stage, 'stage', given, ('mimicking_weight',))
+        recipe = _checked(recipe, {**get_type_hints(Recipe), 'targets': Patterns, 'skip': Patterns}, 'recipe')
+        stage = _checked(stage, get_type_hints(ActivationStage), 'stage')
+        size = given.get('example_size')
+        if isinstance(size, int):
+            given['example_size'] = (size, size)
         return cls(
-            recipe=METHODS[method](
-                weight_bits,
-                activation_bits,
-                **{'targets': patterns, 'skip': _listed(skip), **(recipe or {})},
-            ),
-            stage=ActivationStage(**options),
-            part=part,
-            example_size=None if example_size is None else tuple(example_size),  # type: ignore[arg-type]
-            **run,
+            recipe=METHODS[method](**{'targets': given.get('part', cls.part), **recipe}),
+            stage=ActivationStage(**{**STAGES.get(method, {}), **stage}),
+            **given,
         )
 
     @property
@@ -112,5 +119,20 @@ class HookSettings:
         return self.iterations != 0
 
 
-def _listed(patterns: str | Sequence[str]) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else list(patterns)
+def _with(inner: dict[str, Any], place: str, outer: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Settings of the recipe or stage, with those that the hook takes for them moved in."""
+    moved = {name: outer.pop(name) for name in names if name in outer}
+    for name, value in moved.items():
+        if inner.get(name, value) != value:
+            raise RecipeError(f'{name}={value!r} contradicts {place}={{{name!r}: {inner[name]!r}}}: leave one out')
+    return {**inner, **moved}
+
+
+def _checked(given: dict[str, Any], types: dict[str, Any], what: str) -> dict[str, Any]:
+    """Settings of a config, lists as tuples, refused where there is no such setting or it is of another type."""
+    unknown = sorted(set(given) - set(types))
+    if unknown:
+        raise RecipeError(f'{what} has no setting {unknown}; known are {sorted(types)}')
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    check_types(values, types, '' if what == 'the hook' else f'{what}.')
+    return values

@@ -58,7 +58,7 @@ def refused(config: Config, error: type[GPLQError], message: str) -> None:
         (dict(weight_bits=1), RecipeError, 'weight_bits=1 .*2'),
         (dict(activation_bits=9), RecipeError, 'activation_bits=9 .*8'),
         (dict(weight_bits=16), RecipeError, 'weight_bits=16'),
-        (dict(activation_bits=4.5), RecipeError, 'activation_bits must be an integer, got 4.5'),
+        (dict(activation_bits=4.5), RecipeError, 'activation_bits must be an integer or None, got 4.5'),
     ],
 )
 def test_settings(arguments: dict[str, Any], error: type[GPLQError], message: str, make_config: MakeConfig) -> None:

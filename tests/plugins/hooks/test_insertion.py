@@ -220,7 +220,7 @@ def test_unknown_settings_are_refused(make_config: Callable[..., Config]) -> Non
         (dict(weight_bit=4), "the hook has no setting .'weight_bit'."),
         (dict(recipe=dict(bits=4)), "recipe has no setting .'bits'."),
         (dict(stage=dict(learning_rate=1)), "stage has no setting .'learning_rate'."),
-        (dict(method='magic'), "method='magic'"),
+        (dict(method='magic'), "method must be .*'magic'"),
         (dict(iterations=-1), 'iterations=-1'),
         (dict(label_free=True, mimicking=False), 'label_free=True'),
     ]
