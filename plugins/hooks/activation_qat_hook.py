@@ -90,9 +90,8 @@ class ActivationQATHook(Hook):
         if self.settings.label_free:
             model.requires_grad_(False)
             part_of(model, self.settings).requires_grad_(True)
-        changes = (
-            keep_schedule(runner, self.settings) if self.settings.keep_schedule else take_over(runner, self.settings)
-        )
+        kept = self.settings.keep_schedule and self.settings.trains
+        changes = keep_schedule(runner, self.settings) if kept else take_over(runner, self.settings)
         if hasattr(model, 'init_weights'):
             # Every weight comes from the checkpoint: initializing first would only take time, or download weights.
             model.init_weights = _initialized_by_checkpoint

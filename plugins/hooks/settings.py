@@ -48,7 +48,7 @@ class HookSettings:
         part: attribute of the model that is quantized where no targets are named, and whose outputs are mimicked.
         iterations: of the activation stage; None chooses, 0 leaves it out: plain post-training quantization.
         minimum_iterations: the choice is one epoch or this, whichever is more, at most a tenth of FP32 training.
-        keep_schedule: leave length, optimizer and schedule as the config has them.
+        keep_schedule: leave length, optimizer and schedule as the config has them, if anything is trained.
         label_free: train on mimicking alone; heads are frozen and never run.
         validate_fp32: measure the FP32 model first.
         example_size: height and width of the blank image that finds the products; None asks the model.
@@ -81,6 +81,11 @@ class HookSettings:
             raise RecipeError(f'stage.rank={self.stage.rank} must be at least 1')
         if not 0 < self.stage.explained_variance <= 1:
             raise RecipeError(f'stage.explained_variance={self.stage.explained_variance} must be in (0, 1]')
+        if self.keep_schedule and self.iterations:
+            raise RecipeError(
+                f'keep_schedule=True leaves the length to the config, iterations={self.iterations} sets it: '
+                'leave one out'
+            )
         if self.label_free and self.stage.mimicking_weight == 0:
             raise RecipeError('label_free=True trains on mimicking alone: set mimicking above 0')
 

@@ -67,6 +67,7 @@ def bfloat16(config: Config) -> None:
 
 def own_schedule(config: Config) -> None:
     config.default_hooks.gplq.keep_schedule = True
+    config.default_hooks.gplq.iterations = None
     config.train_cfg.max_epochs = 2
 
 

@@ -121,7 +121,7 @@ def test_a_kept_schedule_has_the_scales_in_its_warm_up(rates: Callable) -> None:
     def change(config: Config) -> None:
         config.train_cfg.max_epochs = 1
 
-    runner, watch = rates(change, keep_schedule=True)
+    runner, watch = rates(change, keep_schedule=True, iterations=None)
     assert runner.iter == 8
     assert type(runner.optim_wrapper.optimizer) is torch.optim.SGD
     # mmengine's LinearLR from 0.001 to 1 in the 7 steps that 8 iterations have, for both groups alike.
@@ -135,8 +135,18 @@ def test_a_kept_schedule_has_the_momentum_of_the_config(rates: Callable) -> None
         config.train_cfg.max_epochs = 1
         config.param_scheduler = [dict(type='LinearMomentum', start_factor=0.5, by_epoch=False, begin=0, end=8)]
 
-    runner, _ = rates(change, keep_schedule=True)
+    runner, _ = rates(change, keep_schedule=True, iterations=None)
     assert [group['momentum'] for group in runner.optim_wrapper.param_groups] == pytest.approx([0.9, 0.9])
+
+
+@pytest.mark.parametrize('hook', ['GPLQHook', 'WeightPTQHook'])
+def test_without_iterations_a_kept_schedule_is_not_run(hook: str, rates: Callable) -> None:
+    def change(config: Config) -> None:
+        config.train_cfg.max_epochs = 1
+        config.default_hooks.gplq.type = f'gplq.plugins.{hook}'
+
+    runner, watch = rates(change, keep_schedule=True, iterations=0)
+    assert runner.iter == len(watch.rates) == 0
 
 
 def test_gradient_clipping_and_accumulation_stay(rates: Callable) -> None:
