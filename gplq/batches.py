@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gplq.errors import CalibrationError
 
-__all__ = ['Forward', 'batch_size', 'bounded', 'default_forward', 'to_device']
+__all__ = ['Forward', 'batch_size', 'bounded', 'default_forward', 'first_samples', 'rereadable', 'to_device']
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -33,7 +33,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
+        values = [to_device(value, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, '_fields') else type(batch)(values)
     return batch
 
 
@@ -49,16 +50,30 @@ def batch_size(batch: Any) -> int:
     return 0
 
 
+def first_samples(batches: Iterable[Any], samples: int) -> Iterator[Any]:
+    """Batches until ``samples`` are reached; not one more is drawn."""
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += batch_size(batch)
+        if seen >= samples:
+            return
+
+
+def rereadable(batches: Iterable[Any], samples: int) -> Iterable[Any]:
+    """``batches``; where they can be read only once, a list of those that hold the first ``samples``."""
+    return list(first_samples(batches, samples)) if isinstance(batches, Iterator) else batches
+
+
 def bounded(batches: Iterable[Any], samples: int) -> Iterator[Any]:
     """Batches until ``samples`` are reached, each checked.
 
     Raises:
         CalibrationError: if there is no batch, or one is empty or not finite.
     """
-    seen = 0
-    for number, batch in enumerate(batches):
-        size = batch_size(batch)
-        if size == 0:
+    number = -1
+    for number, batch in enumerate(first_samples(batches, samples)):
+        if batch_size(batch) == 0:
             raise CalibrationError(f'calibration batch {number} is empty')
         for x in _floats(batch):
             if not bool(torch.isfinite(x).all()):
@@ -66,10 +81,7 @@ def bounded(batches: Iterable[Any], samples: int) -> Iterator[Any]:
                     f'calibration batch {number} holds NaN or infinite values; check the images and normalization'
                 )
         yield batch
-        seen += size
-        if seen >= samples:
-            return
-    if seen == 0:
+    if number < 0:
         raise CalibrationError('there is no calibration batch: the data set or loader is empty')
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from gplq.batches import Forward, batch_size, bounded, default_forward
+from gplq.batches import Forward, batch_size, bounded, default_forward, rereadable
 from gplq.equalize import equalize_queries_and_keys
 from gplq.errors import CalibrationError
 from gplq.exponent import search_input_scale
@@ -45,8 +45,8 @@ def calibrate(
 
     Args:
         model: prepared.
-        batches: an iterable that can be read more than once (a loader or a list), of tensors,
-            ``(inputs, labels)`` or mappings; ``recipe.calibration_samples`` samples are read at most.
+        batches: tensors, ``(inputs, labels)`` or mappings; ``recipe.calibration_samples`` samples are read at most.
+            They are read more than once: what an iterator gives is kept in memory.
         forward: runs one batch.
         progress: wraps an iterable to show how far it is.
 
@@ -55,7 +55,7 @@ def calibrate(
     """
     record = record_of(model, Stage.PREPARED, Stage.CALIBRATED)
     recipe = record.plan.recipe
-    batches = list(batches) if isinstance(batches, Iterator) else batches
+    batches = rereadable(batches, recipe.calibration_samples)
     with evaluating(model), floating_point(model):
         if recipe.equalize:
             count = equalize_queries_and_keys(model, batches, forward)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from gplq.batches import Forward, default_forward
+from gplq.batches import Forward, default_forward, rereadable
 from gplq.column_statistics import ColumnStatistics, observe_columns
 from gplq.compensation import compensate
 from gplq.errors import StageError
@@ -65,7 +65,7 @@ def quantize_weights(
         raise StageError(
             f'rounding={recipe.rounding!r} and compensation={recipe.compensation!r} need calibration batches'
         )
-    batches = list(batches) if isinstance(batches, Iterator) else batches
+    batches = None if batches is None else rereadable(batches, recipe.calibration_samples)
     reference = None
     with evaluating(model):
         statistics: dict[str, ColumnStatistics] = {}
