@@ -413,10 +413,10 @@ class _Planner:
             if not self._products_before(softmax) and softmax.layers:
                 # Outlook and factorized attention: the map comes straight from a layer, there is no such product.
                 feeds = reads
-            if not reads and not feeds and not softmax.layers and self.targets.covers(name):
+            if not reads and not feeds and softmax.mixed and self.targets.covers(name):
                 raise ProductError(
-                    f'{name}: a softmax of neither a layer nor a product that is known; its attention may be computed '
-                    f"another way. Name the module in skip=('{name}',) to leave it out"
+                    f'{name or "the model"}: its softmax reads activations multiplied in a way that is no matrix '
+                    f"product, and cannot be quantized; name it in skip=('{name}',) to leave it out"
                 )
             if reads != feeds and self.targets.covers(name):
                 missing = 'query-key' if reads else 'attention-value'

@@ -58,7 +58,8 @@ _MERGES = frozenset({Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape,
 class _Tag:
     """What is known of a tensor: the products, softmaxes and layers it comes from, and what made it.
 
-    ``merged`` is the inner factor of an axis third from last into which two were merged, 0 without one.
+    ``merged`` is the inner factor of an axis third from last into which two were merged, 0 without one; ``mixed``
+    says that activations were multiplied by others in a way that is no product, and no layer has run since.
     """
 
     constant: bool = False
@@ -69,6 +70,7 @@ class _Tag:
     image: bool = False
     norm: str = ''
     merged: int = 0
+    mixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,16 @@ class ProductCall:
 
 @dataclass(frozen=True)
 class SoftmaxCall:
-    """A softmax over something that depends on the input; ``products`` and ``layers`` list what it came from."""
+    """A softmax over something that depends on the input; ``products`` and ``layers`` list what it came from.
+
+    ``mixed`` says that activations were multiplied by others on the way, by other operations than products.
+    """
 
     stack: tuple[str, ...]
     numel: int
     products: frozenset[int]
     layers: frozenset[str] = frozenset()
+    mixed: bool = False
 
 
 @dataclass
@@ -257,11 +263,14 @@ class _Tracer(TorchFunctionMode):
             self._softmax(args[0], output)
             return output
         layers = frozenset().union(*(tag.layers for tag in tags))
+        moving = {id(x) for x, tag in zip(given, tags, strict=True) if not tag.constant}
+        mixed = any(tag.mixed for tag in tags) or (func not in _JOINS and len(moving) > 1)
         if func not in _JOINS and sum(bool(tag.layers) for tag in tags) > 1:
             # One activation times another, or a kernel of its own: no longer what a layer put out.
             layers = frozenset()
         if func is F.linear or func in _CONV or func in _OTHER_CONV:
             layers = frozenset({self._linear(func, args, kwargs, output)})
+            mixed = False
         elif func is F.multi_head_attention_forward:
             self.trace.opaque[self._running[-1] if self._running else ''] = 'fused attention'
         learned = any(isinstance(x, nn.Parameter) for x in given)
@@ -274,6 +283,7 @@ class _Tracer(TorchFunctionMode):
             image=not learned and any(tag.image for tag in tags),
             norm=self._follow_norm(func, args, kwargs, tags, output),
             merged=max((tag.merged for tag in tags), default=0),
+            mixed=mixed,
         )
         for x in _tensors(output):
             if not isinstance(x, nn.Parameter):
@@ -305,7 +315,7 @@ class _Tracer(TorchFunctionMode):
             self._mark(output, tag)
             return
         index = len(self.trace.softmaxes)
-        self.trace.softmaxes.append(SoftmaxCall(tuple(self._running), x.numel(), tag.products, tag.layers))
+        self.trace.softmaxes.append(SoftmaxCall(tuple(self._running), x.numel(), tag.products, tag.layers, tag.mixed))
         self._mark(output, _Tag(softmaxes=frozenset({index}), merged=tag.merged))
 
     def _record_product(self, left: Tensor, right: Tensor, output: Tensor, *, einsum: bool = False) -> None:

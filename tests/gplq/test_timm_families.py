@@ -307,7 +307,7 @@ FAMILIES: dict[str, Family] = {
         12,
     ),
     'botnet': Family(_named('botnet26t_256', img_size=64, stem_chs=16), 64, 6),
-    'halonet': Family(_named('halonet26t'), 256, 0),
+    'halonet': Family(_named('halonet26t'), 256, 6),
     'mlp_mixer': Family(_direct('mlp_mixer', 'MlpMixer', img_size=32, patch_size=8, num_blocks=2, embed_dim=32), 32, 0),
     'convnext': Family(_named('convnext_atto', depths=(1, 1, 1, 1), dims=FOUR), 64, 0),
     'deepseek_vit': Family(_named('deepseek_vit_412m', **SMALL), 32, 4),
