@@ -17,7 +17,7 @@ from gplq.calibrate import calibrate
 from gplq.errors import CheckpointError, StageError
 from gplq.plugins.atomic_backend import BACKEND_ARGS, save_atomically
 from gplq.plugins.hooks.average import adopt_average
-from gplq.plugins.hooks.checkpoints import check_keys, check_source, complete
+from gplq.plugins.hooks.checkpoints import check_keys, check_source, complete, quantization_of
 from gplq.plugins.hooks.data import calibration_loader
 from gplq.plugins.hooks.guard import StepGuard
 from gplq.plugins.hooks.model import PartForward, blank_forward, model_of, part_of, rewrap, synchronize, whole_forward
@@ -116,13 +116,9 @@ class ActivationQATHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         model = model_of(runner)
-        description = (checkpoint.get('meta') or {}).get('gplq')
-        training = _trains(runner)
+        description = quantization_of(checkpoint)
         if description is None:
-            if training:
-                self._check_fp32(runner, model, checkpoint)
-            else:
-                runner.logger.info('GPLQ: the checkpoint holds no quantized model; it is run in FP32')
+            self._check_fp32(runner, model, checkpoint)
             return
         if is_prepared(model):
             adopt(model, description)
@@ -130,7 +126,7 @@ class ActivationQATHook(Hook):
             restore(model, description)
         check_keys(model, checkpoint, _source(runner), quantized=True)
         stage = record_of(model).stage
-        if not training:
+        if not _trains(runner):
             return
         if runner._resume and stage is not Stage.QUANTIZED:
             self._resumed = check_same_stage(checkpoint['meta'], self.settings)
@@ -145,7 +141,9 @@ class ActivationQATHook(Hook):
             )
 
     def _check_fp32(self, runner: Runner, model: nn.Module, checkpoint: dict[str, Any]) -> None:
-        if runner._resume:
+        if not _trains(runner):
+            runner.logger.info('GPLQ: the checkpoint holds no quantized model; it is run in FP32')
+        elif runner._resume:
             raise CheckpointError('the checkpoint to resume was not written by a run with this hook')
         foreign = check_keys(model, checkpoint, _source(runner))
         if foreign:

@@ -179,13 +179,73 @@ def test_checkpoint_of_old_torch_is_read(train: Callable[..., Runner], checkpoin
     assert train(change=change, iterations=1).iter == 1
 
 
-def test_checkpoint_that_is_no_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
+def refused_in_a_test(config: Config, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        Runner.from_cfg(config).test()
+
+
+LFS = b'version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 123\n'
+PAGE = b'<!DOCTYPE html>\n<html><body>404 Not Found</body></html>'
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (b'hello', "is text, beginning with 'hello'; if it was downloaded, .*download it again"),
+        (PAGE, "is text, beginning with '<!DOCTYPE html> <html><body>.*download it again"),
+        (b'{"error": {"code": 404}}', "is text, beginning with '{.*download it again"),
+        (LFS, 'is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`'),
+        (b'\x1f\x8b\x08\x00data', 'is no checkpoint of torch, it begins with .*; unpack or convert it first'),
+        (pickle.dumps('text'), 'cannot be read, it may be truncated or not written by torch.save'),
+    ],
+    ids=['text', 'page', 'json', 'lfs', 'gzip', 'pickle'],
+)
+def test_file_that_is_no_checkpoint(content: bytes, message: str, make_config: MakeConfig, tmp_path: Path) -> None:
+    path = tmp_path / 'file.pth'
+    path.write_bytes(content)
     config = make_config()
-    config.load_from = str(tmp_path / 'list.pth')
-    torch.save([1, 2], config.load_from)
-    refused(config, CheckpointError, 'list.pth holds a list, not a state dict')
-    Path(config.load_from).write_bytes(pickle.dumps('text'))
-    refused(config, CheckpointError, r'list.pth (holds a str|cannot be read|holds objects)')
+    config.load_from = str(path)
+    refused(config, CheckpointError, f'checkpoint {path} {message}')
+
+
+def test_artifact_is_no_checkpoint(
+    train: Callable[..., Runner], steps_of: Callable, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config('test')
+    config.load_from = steps_of(train(iterations=0))[2]['artifact']
+    refused_in_a_test(
+        config, 'gplq_w4a4.safetensors is a safetensors file; gplq.load reads .*; give the .pth beside it'
+    )
+
+
+@pytest.mark.parametrize(
+    'content',
+    [[1, 2], {}, {'state_dict': None}, {'state_dict': 'text'}, {'model': {'head.bias': torch.ones(4)}}],
+    ids=str,
+)
+def test_checkpoint_without_tensors(content: Any, make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config()
+    config.load_from = str(tmp_path / 'other.pth')
+    torch.save(content, config.load_from)
+    message = 'other.pth (holds a list, not a state dict|has no tensors, neither under .*save it anew as)'
+    refused(config, CheckpointError, message)
+    refused_in_a_test(config, message)
+
+
+def test_test_of_a_checkpoint_of_another_model(make_config: MakeConfig, toy: ModuleType, tmp_path: Path) -> None:
+    config = make_config()
+    config.load_from = str(tmp_path / 'shallow.pth')
+    torch.save(toy.ToyClassifier(depth=1).state_dict(), config.load_from)
+    refused_in_a_test(config, 'shallow.pth is not of this architecture: 12 of 35 tensors are missing')
+
+
+def test_metadata_of_another_kind_is_that_of_an_fp32_model(
+    make_config: MakeConfig, checkpoint: Path, tmp_path: Path
+) -> None:
+    config = make_config()
+    config.load_from = str(tmp_path / 'other.pth')
+    torch.save({**torch.load(checkpoint, weights_only=True), 'meta': 'made by hand'}, config.load_from)
+    assert Runner.from_cfg(config).test()['toy/accuracy'] >= 0.75
 
 
 def test_quantized_checkpoint_is_not_quantized_again(
