@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from gplq.calibrate import calibrate
 from gplq.errors import CheckpointError, StageError
 from gplq.plugins.atomic_backend import BACKEND_ARGS, save_atomically
-from gplq.plugins.hooks.average import adopt_average
+from gplq.plugins.hooks.average import adopt_average, copy_anew
 from gplq.plugins.hooks.checkpoints import check_keys, check_source, complete, quantization_of
 from gplq.plugins.hooks.data import calibration_loader
 from gplq.plugins.hooks.guard import StepGuard
@@ -124,6 +124,7 @@ class ActivationQATHook(Hook):
             adopt(model, description)
         else:
             restore(model, description)
+            copy_anew(runner)
         check_keys(model, checkpoint, _source(runner), quantized=True)
         stage = record_of(model).stage
         if not _trains(runner):

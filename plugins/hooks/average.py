@@ -5,7 +5,14 @@ from __future__ import annotations
 from mmengine.hooks import EMAHook
 from mmengine.runner import Runner
 
-__all__ = ['adopt_average']
+__all__ = ['adopt_average', 'copy_anew']
+
+
+def copy_anew(runner: Runner) -> None:
+    """Let the hooks that average copy the model again: a checkpoint has brought quantizers that their copy lacks."""
+    for hook in runner.hooks:
+        if isinstance(hook, EMAHook):
+            hook.before_run(runner)
 
 
 def adopt_average(runner: Runner, *, trained: bool) -> None:

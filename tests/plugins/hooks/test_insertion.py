@@ -82,6 +82,25 @@ def test_averages_have_quantizers_of_their_own_and_become_the_model(
     assert Runner.from_cfg(test).test() == pytest.approx(steps[2]['metrics'])
 
 
+@pytest.mark.parametrize('how', ['test', 'val'])
+def test_checkpoints_of_an_averaged_run_are_measured_with_its_config(
+    how: str, make_config: Callable[..., Config], train: Train, steps_of: Callable
+) -> None:
+    def average(config: Config) -> None:
+        config.custom_hooks = [dict(type='EMAHook', momentum=0.1)]
+
+    trained = train('run', average, stage=dict(scale_lr=0.05))
+    steps = steps_of(trained)
+    # The epoch ends with the training here, and its checkpoint holds the average that W32A4 measures.
+    expected = {step['checkpoint']: step['metrics'] for step in steps[1:]}
+    expected[str(Path(trained.work_dir) / 'epoch_1.pth')] = steps[1]['metrics']
+    for path, metrics in expected.items():
+        config = make_config('again')
+        average(config)
+        config.load_from = path
+        assert getattr(Runner.from_cfg(config), how)() == pytest.approx(metrics), path
+
+
 def test_teacher_is_the_fp32_part(train: Train, checkpoint: Path) -> None:
     runner = train()
     kept = torch.load(Path(runner.work_dir) / 'gplq_teacher.pth', weights_only=True)['state_dict']
