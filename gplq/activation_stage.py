@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gplq.batches import batch_size, to_device
-from gplq.errors import RecipeError, TrainingError
+from gplq.batches import Forward, default_forward, first_samples, to_device
+from gplq.errors import RecipeError, StageError, TrainingError
 from gplq.mimicking import FeatureTap, Mimicking, Reduction, fit_mimicking_loss
 from gplq.progress import Progress, no_progress
+from gplq.quantizer import Quantizer
 from gplq.record import Stage, named_quantizers, record_of
+from gplq.running_statistics import RunningStatistics
+from gplq.weights import WeightQuantizer
 
 __all__ = [
     'ActivationStage',
@@ -131,6 +134,8 @@ def feature_point(model: nn.Module) -> tuple[str, Literal['input', 'output']]:
 
 
 def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    if isinstance(batch, Mapping):
+        raise RecipeError(f'a batch with the keys {sorted(batch)} does not say which are labels: pass loss=')
     inputs, labels = batch[:2]
     return F.cross_entropy(model(inputs), labels)
 
@@ -144,96 +149,130 @@ def train_activations(
     iterations: int | None = None,
     stage: ActivationStage | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = _cross_entropy,
+    forward: Forward = default_forward,
     progress: Progress = no_progress,
 ) -> None:
     """Train weights and scales on ``task loss + weight * L_PCA`` with AdamW at constant rates (GPLQ sec. 3.2.1).
 
     Args:
         model: calibrated.
-        loader: batches ``(inputs, labels)``, or whatever ``loss`` takes; read ``epochs`` times.
+        loader: batches ``(inputs, labels)``, or whatever ``loss`` and ``forward`` take; a teacher's PCA reads it
+            once, the training ``epochs`` times.
         teacher: the frozen FP32 model; None leaves mimicking out.
         epochs: passes over ``loader``.
         iterations: stop after this many steps, going through ``loader`` as often as needed.
         stage: learning rates and the feature loss.
         loss: task loss of ``(model, batch)``; None trains on mimicking alone, labels are not read.
+        forward: runs one batch where there is no task loss, and for the PCA.
         progress: wraps an iterable to show how far it is.
 
     Raises:
-        TrainingError: if a loss is not finite; the weights are those before that step.
-        RecipeError: if there is neither a task loss nor a teacher.
+        TrainingError: if a loss or gradient is not finite; weights and running statistics are those before that
+            step. Also if the loader is empty, or can be read less often than needed.
+        StageError: if the teacher is quantized, or is the model itself.
+        RecipeError: if there is neither a task loss nor a teacher, or nothing to do.
     """
     record_of(model, Stage.CALIBRATED)
     stage = stage or ActivationStage()
-    if teacher is None and loss is None:
+    if loss is None and (teacher is None or stage.mimicking_weight == 0):
         raise RecipeError('without labels (loss=None) a teacher is needed: pass a copy of the FP32 model')
+    for name, length in (('epochs', epochs), ('iterations', iterations)):
+        if length is not None and length < 1:
+            raise RecipeError(f'{name}={length} must be at least 1')
+    mimics = teacher is not None and stage.mimicking_weight > 0
+    passes = mimics + (epochs if iterations is None else 1)
+    if isinstance(loader, Iterator) and passes > 1:
+        raise TrainingError(
+            f'the training loader is a {type(loader).__name__}, which can be read once; it is read {passes} times, '
+            "a teacher's PCA included: pass a DataLoader or a list"
+        )
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(parameter_groups(model, stage), lr=stage.lr, betas=(0.9, 0.999))
-    modes = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
         mimicking = None
-        if teacher is not None and (stage.mimicking_weight > 0 or loss is None):
-            mimicking = stack.enter_context(_mimicking(model, teacher, loader, stage).attached())
-        model.train()
+        if teacher is not None and mimics:
+            _check_teacher(model, teacher)
+            mimicking = stack.enter_context(_mimicking(model, teacher, loader, stage, forward).attached())
+        stack.enter_context(_training(model))
         if iterations is None:
-            batches: Iterable[Any] = itertools.chain.from_iterable(loader for _ in range(epochs))
+            batches = _batches(loader, range(epochs))
         else:
-            batches = itertools.islice(_cycle(loader), iterations)
+            batches = itertools.islice(_batches(loader, itertools.count()), iterations)
         for number, batch in enumerate(progress(batches, 'activation stage')):
             batch = to_device(batch, device)
-            total = _step_loss(model, batch, loss, mimicking)
-            check_finite(float(total.detach()), number)
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()  # type: ignore[no-untyped-call]
-            check_gradients(model.parameters(), number)
+            statistics = RunningStatistics(model)
+            try:
+                total = _step_loss(model, batch, loss, forward, mimicking)
+                check_finite(float(total.detach()), number)
+                optimizer.zero_grad(set_to_none=True)
+                total.backward()  # type: ignore[no-untyped-call]
+                check_gradients(model.parameters(), number)
+            except TrainingError:
+                statistics.restore()
+                raise
             optimizer.step()
-    for module, mode in modes.items():
-        module.training = mode
+
+
+def _check_teacher(model: nn.Module, teacher: nn.Module) -> None:
+    remedy = 'pass a copy.deepcopy of the FP32 model'
+    for name, module in teacher.named_modules():
+        if isinstance(module, (Quantizer, WeightQuantizer)) and module.enabled:
+            raise StageError(f'the teacher is quantized ({name}): {remedy}, made before gplq.calibrate')
+    own = {id(parameter) for parameter in model.parameters()}
+    shared = [name for name, parameter in teacher.named_parameters() if id(parameter) in own]
+    if shared:
+        raise StageError(f'teacher and model share {shared[0]}, which would be frozen in both: {remedy}')
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Training mode; afterwards each module's own is put back."""
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _batches(loader: Iterable[Any], passes: Iterable[int]) -> Iterator[Any]:
+    for number in passes:
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            reason = 'it is empty' if number == 0 else 'it can be read once, pass a DataLoader or a list'
+            raise TrainingError(f'pass {number + 1} over the training loader gave no batch: {reason}')
 
 
 def _step_loss(
     model: nn.Module,
     batch: Any,
     loss: Callable[[nn.Module, Any], Tensor] | None,
+    forward: Forward,
     mimicking: Mimicking | None,
 ) -> Tensor:
     if loss is not None:
         total = loss(model, batch)
         return total if mimicking is None else total + mimicking()
     assert mimicking is not None
-    model(batch[0] if isinstance(batch, (list, tuple)) else batch)
+    forward(model, batch)
     return mimicking()
 
 
-def _cycle(loader: Iterable[Any]) -> Iterable[Any]:
-    while True:
-        empty = True
-        for batch in loader:
-            empty = False
-            yield batch
-        if empty:
-            raise TrainingError('the training loader is empty')
-
-
-def _mimicking(model: nn.Module, teacher: nn.Module, loader: Iterable[Any], stage: ActivationStage) -> Mimicking:
-    device = next(model.parameters()).device
+def _mimicking(
+    model: nn.Module, teacher: nn.Module, loader: Iterable[Any], stage: ActivationStage, forward: Forward
+) -> Mimicking:
     name, side = feature_point(model)
-    tap = FeatureTap(teacher, name, side)
     loss = fit_mimicking_loss(
         teacher,
-        tap,
-        _first_samples(loader, stage.pca_samples),
-        lambda m, batch: m(to_device(batch[0] if isinstance(batch, (list, tuple)) else batch, device)),
+        FeatureTap(teacher, name, side),
+        first_samples(loader, stage.pca_samples),
+        forward,
         explained_variance=stage.explained_variance,
         rank=stage.rank,
         reduction=stage.reduction,
     )
     return Mimicking(model, teacher, loss, stage.mimicking_weight, name, side)
-
-
-def _first_samples(loader: Iterable[Any], samples: int) -> Iterable[Any]:
-    seen = 0
-    for batch in loader:
-        yield batch
-        seen += batch_size(batch)
-        if seen >= samples:
-            return

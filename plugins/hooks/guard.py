@@ -15,6 +15,7 @@ from torch import nn
 from gplq.activation_stage import check_finite, check_gradients
 from gplq.errors import TrainingError
 from gplq.plugins.atomic_backend import BACKEND_ARGS
+from gplq.running_statistics import RunningStatistics
 
 __all__ = ['LAST_GOOD', 'StepGuard']
 
@@ -30,7 +31,7 @@ class StepGuard:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._statistics: RunningStatistics | None = None
 
     @contextmanager
     def attached(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
@@ -49,9 +50,7 @@ class StepGuard:
     def _remember(self, module: nn.Module, args: Any) -> None:
         """Keep the running statistics: the forward pass moves them, before its loss can be seen."""
         if module.training:
-            moving = [m for m in module.modules() if m.training and isinstance(m, nn.modules.batchnorm._BatchNorm)]
-            buffers = [buffer for m in moving for buffer in m.buffers(recurse=False)]
-            self._statistics = [(buffer, buffer.clone()) for buffer in buffers]
+            self._statistics = RunningStatistics(module)
 
     def _losses(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if module.training and isinstance(output, dict):
@@ -69,8 +68,8 @@ class StepGuard:
         try:
             check()
         except TrainingError as error:
-            for buffer, before in self._statistics:
-                buffer.copy_(before)
+            if self._statistics is not None:
+                self._statistics.restore()
             runner = self._runner
             where = dict(epoch=runner.epoch, iter=runner.iter)
             runner.save_checkpoint(runner.work_dir, LAST_GOOD, meta=where, backend_args=dict(BACKEND_ARGS))
