@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 
 from gplq.errors import GPLQError
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
+from gplq.plugins.hooks.restore_hook import RestoreHook
 from gplq.plugins.preflight import preflight
 
 EXAMPLE = 'example: python tools/test.py configs/mask_rcnn_vit-tiny_nuclei.py nuclei.pth --show-dir pictures'
@@ -58,6 +59,7 @@ def main() -> None:
         draw_predictions(cfg, args)
     preflight(cfg, splits=('test',))
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(RestoreHook())
     if args.out:
         runner.test_evaluator.metrics.append(dump(cfg, args.out))
     runner.test()

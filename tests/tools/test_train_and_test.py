@@ -8,8 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gplq.plugins.detection  # noqa: F401  isort: skip
 import mmdet
 import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
 
 ROOT = Path(__file__).parents[2]
 TRAIN, TEST = ROOT / 'tools/train.py', ROOT / 'tools/test.py'
@@ -54,6 +60,26 @@ def test_train_resume_and_test(tiny_detector_config: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     assert metrics(tmp_path / 'theirs') == metrics(tmp_path / 'ours')
     assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= set(metrics(tmp_path / 'ours'))
+
+
+def test_quantized_checkpoint_is_measured_under_the_fp32_config(tiny_detector_config: Path, tmp_path: Path) -> None:
+    cfg = Config.fromfile(tiny_detector_config)
+    init_default_scope('mmdet')
+    register_all_modules()
+    torch.save({'state_dict': MODELS.build(cfg.model).state_dict()}, tmp_path / 'fp32.pth')
+    hook = [f'default_hooks.gplq.{key}' for key in ('type=gplq.plugins.GPLQHook', 'iterations=0', 'recipe.clips=[1.0]')]
+    options = ['--work-dir', 'run', '--cfg-options', 'load_from=fp32.pth', *hook]
+    done = run(TRAIN, tiny_detector_config, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+    scores = []
+    for name, options in (('fp32', []), ('gplq', ['--cfg-options', hook[0]])):
+        arguments = ['run/gplq_w4a4.pth', '--work-dir', name, '--out', f'{name}.pkl', *options]
+        done = run(TEST, tiny_detector_config, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        predictions = pickle.loads((tmp_path / f'{name}.pkl').read_bytes())
+        scores.append(torch.cat([prediction['pred_instances']['scores'] for prediction in predictions]))
+    assert torch.equal(*scores)
 
 
 def test_mmdets_own_train_program_takes_our_configs(tiny_detector_config: Path, tmp_path: Path) -> None:

@@ -1,0 +1,31 @@
+"""Measure a quantized checkpoint under a config that says nothing of quantization."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
+from gplq.plugins.hooks.checkpoints import quantization_of
+from gplq.plugins.hooks.gplq_hook import GPLQHook
+from gplq.plugins.hooks.weight_ptq_hook import WeightPTQHook
+
+__all__ = ['RestoreHook']
+
+
+class RestoreHook(Hook):
+    """Rebuilds the quantized model from its checkpoint; FP32 checkpoints are left to mmengine.
+
+    mmengine alone would load the tensors whose names the FP32 model knows and measure a model that is neither.
+    """
+
+    priority = 'ABOVE_NORMAL'
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        ours = (ActivationQATHook, GPLQHook, WeightPTQHook)
+        if quantization_of(checkpoint) is None or any(isinstance(hook, ours) for hook in runner.hooks):
+            return
+        runner.logger.info('GPLQ: the checkpoint holds a quantized model; it is run quantized')
+        ActivationQATHook().after_load_checkpoint(runner, checkpoint)

@@ -1,0 +1,50 @@
+"""Quantized checkpoints under a config without the two lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from gplq.plugins.hooks.restore_hook import RestoreHook
+from gplq.record import is_prepared
+
+
+@pytest.fixture
+def measure(make_config: Callable[..., Config]) -> Callable[..., tuple[Runner, dict[str, float]]]:
+    """Tests a checkpoint, by default under the FP32 model's config."""
+
+    def run(path: str, hook: bool = False) -> tuple[Runner, dict[str, float]]:
+        config = make_config('test')
+        config.load_from = path
+        if not hook:
+            config.default_hooks.pop('gplq')
+        runner = Runner.from_cfg(config)
+        runner.register_hook(RestoreHook())
+        return runner, runner.test()
+
+    return run
+
+
+def test_quantized_checkpoint_is_run_quantized(train: Callable, steps_of: Callable, measure: Callable) -> None:
+    for step in steps_of(train())[1:]:
+        runner, metrics = measure(step['checkpoint'])
+        assert metrics == step['metrics']
+        assert is_prepared(runner.model)
+        assert measure(step['checkpoint'], hook=True)[1] == step['metrics']
+
+
+def test_fp32_checkpoint_is_left_alone(
+    checkpoint: Path, tmp_path: Path, measure: Callable, log_of: Callable[[Runner], str]
+) -> None:
+    saved = torch.load(checkpoint, weights_only=True)
+    saved['state_dict'].pop('head.bias')
+    torch.save(saved, tmp_path / 'partial.pth')
+    runner, metrics = measure(str(tmp_path / 'partial.pth'))
+    assert metrics['toy/accuracy'] >= 0
+    assert not is_prepared(runner.model)
+    assert 'GPLQ' not in log_of(runner).partition('Load checkpoint')[0].rpartition('Hooks will be executed')[2]
