@@ -71,6 +71,7 @@ def _set_length(runner: Runner, settings: HookSettings) -> list[Change]:
     length = settings.iterations
     if length is None:
         length = stage_iterations(epoch, loop.max_iters, settings.minimum_iterations)
+    changes = [('length', before, f'{length} iterations ({length / epoch:.2f} epochs)')]
     if not by_epoch:
         loop._max_iters = length
         loop.val_interval = max(1, length)
@@ -81,8 +82,10 @@ def _set_length(runner: Runner, settings: HookSettings) -> list[Change]:
         loop.dynamic_milestones, loop.dynamic_intervals = [0], [loop.val_interval]
     else:
         runner._train_loop = IterBasedTrainLoop(runner, loop.dataloader, max_iters=length, val_interval=max(1, length))
-        runner.log_processor.by_epoch = False
-    changes = [('length', before, f'{length} iterations ({length / epoch:.2f} epochs)')]
+        changes.append(('train_cfg', type(loop).__name__, IterBasedTrainLoop.__name__))
+        if runner.log_processor.by_epoch:
+            runner.log_processor.by_epoch = False
+            changes.append(('log_processor.by_epoch', 'True', 'False'))
     return [*changes, ('validation', validation, 'at the end')] if runner.val_loop is not None else changes
 
 

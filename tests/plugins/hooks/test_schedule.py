@@ -55,10 +55,12 @@ def test_the_hook_owns_the_schedule(rates: Callable, log_of: Callable[[Runner], 
     assert len(optimizer.param_groups[0]['params']) + len(scales) == len(list(runner.model.parameters()))
     assert [group['weight_decay'] for group in optimizer.param_groups] == [0.0, 0.0]
     table = log_of(runner).partition('GPLQ changed the schedule')[2].partition('\n')[2]
-    rows = [re.split(r'\s{2,}', line.strip()) for line in table.splitlines()[:10]]
+    rows = [re.split(r'\s{2,}', line.strip()) for line in table.splitlines()[:12]]
     assert rows == [
         ['setting', 'config', 'activation stage'],
         ['length', '320 iterations', '3 iterations (0.38 epochs)'],
+        ['train_cfg', 'EpochBasedTrainLoop', 'IterBasedTrainLoop'],
+        ['log_processor.by_epoch', 'True', 'False'],
         ['validation', 'every 1 epochs', 'at the end'],
         ['optimizer', 'SGD', 'AdamW'],
         ['lr', '0.02', '5e-06'],
