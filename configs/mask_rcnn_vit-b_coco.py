@@ -68,8 +68,10 @@ max_iters = 184375
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=5000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
+# bfloat16, which CPUs and GPUs from Ampere on compute; mmdetection trains this in float16, by AmpOptimWrapper.
 optim_wrapper = dict(
-    type='AmpOptimWrapper', optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.1)
+    type='gplq.plugins.amp.BFloat16OptimWrapper',
+    optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.1),
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=250),

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import gplq.plugins.detection  # noqa: F401  isort: skip
 import pytest
+import torch
 from mmdet.registry import DATASETS, MODELS, TRANSFORMS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 # fine-grained classification has tests of its own
@@ -28,6 +30,14 @@ def test_model_can_be_built(name: str) -> None:
     assert model.roi_head.bbox_head.num_classes == len(classes)
     if model.with_mask:
         assert model.roi_head.mask_head.num_classes == len(classes)
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_optimizer_can_be_built_on_any_machine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = Config.fromfile(CONFIGS / name)
+    monkeypatch.setattr('mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available', lambda: False)
+    wrapper = build_optim_wrapper(torch.nn.Linear(2, 2), cfg.optim_wrapper)
+    assert wrapper.param_groups
 
 
 @pytest.mark.parametrize('name', LEAVES)
