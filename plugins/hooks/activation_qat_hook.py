@@ -18,6 +18,7 @@ from gplq.errors import CheckpointError, StageError
 from gplq.plugins.atomic_backend import BACKEND_ARGS, save_atomically
 from gplq.plugins.hooks.average import adopt_average, copy_anew
 from gplq.plugins.hooks.checkpoints import check_keys, check_source, complete, quantization_of
+from gplq.plugins.hooks.company import refuse_beside
 from gplq.plugins.hooks.data import calibration_loader
 from gplq.plugins.hooks.guard import StepGuard
 from gplq.plugins.hooks.model import PartForward, blank_forward, model_of, part_of, rewrap, synchronize, whole_forward
@@ -73,6 +74,7 @@ class ActivationQATHook(Hook):
     # When a run begins
 
     def before_run(self, runner: Runner) -> None:
+        refuse_beside(runner, self, ActivationQATHook)
         allow_mmengine_objects()
         training = _trains(runner)
         if self._done or runner._has_loaded and not training:

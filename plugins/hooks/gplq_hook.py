@@ -9,6 +9,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
+from gplq.plugins.hooks.company import refuse_beside
 from gplq.plugins.hooks.weight_ptq_hook import WeightPTQHook
 
 __all__ = ['GPLQHook']
@@ -33,6 +34,7 @@ class GPLQHook(Hook):
         self.weight_stage = WeightPTQHook(activations=self.activation_stage)
 
     def before_run(self, runner: Runner) -> None:
+        refuse_beside(runner, self, GPLQHook, ActivationQATHook, WeightPTQHook)
         self.activation_stage.before_run(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 from gplq.errors import RecipeError
 from gplq.plugins.atomic_backend import BACKEND_ARGS
 from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
+from gplq.plugins.hooks.company import refuse_beside
 from gplq.plugins.hooks.model import model_of, synchronize
 from gplq.plugins.hooks.progress import logged_progress
 from gplq.plugins.hooks.randomness import seeded
@@ -40,6 +41,7 @@ class WeightPTQHook(Hook):
         self._alone = activations is None
 
     def before_run(self, runner: Runner) -> None:
+        refuse_beside(runner, self, WeightPTQHook)
         others = [hook for hook in runner.hooks if isinstance(hook, ActivationQATHook)]
         if self._alone and others:
             self._join(others[0])

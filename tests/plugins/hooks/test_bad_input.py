@@ -65,6 +65,22 @@ def test_settings(arguments: dict[str, Any], error: type[GPLQError], message: st
     refused(make_config(**arguments), error, message)
 
 
+@pytest.mark.parametrize(
+    ('one', 'other'),
+    [
+        ('GPLQHook', 'GPLQHook'),
+        ('GPLQHook', 'WeightPTQHook'),
+        ('ActivationQATHook', 'GPLQHook'),
+        ('ActivationQATHook', 'ActivationQATHook'),
+        ('WeightPTQHook', 'WeightPTQHook'),
+    ],
+)
+def test_a_second_hook(one: str, other: str, make_config: MakeConfig) -> None:
+    config = make_config(type=f'gplq.plugins.{one}')
+    config.custom_hooks = [dict(config.default_hooks.gplq, type=f'gplq.plugins.{other}')]
+    refused(config, StageError, rf'({one} beside {other}|{other} beside {one}): .*leave one of the two out')
+
+
 @pytest.mark.parametrize('seen', [False, True])
 @pytest.mark.parametrize('hidden', ['query-key', 'attention-value'])
 def test_attention_whose_products_cannot_be_found(
