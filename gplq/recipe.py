@@ -12,9 +12,14 @@ from gplq.observers.factory import OBSERVERS
 from gplq.spec import FLOAT_BITS, check_bits
 from gplq.typecheck import check_types
 
-__all__ = ['RECIPE_VERSION', 'Compensation', 'Recipe', 'WeightScheme', 'as_recipe']
+__all__ = ['RECIPE_VERSION', 'WEIGHT_STAGE_FIELDS', 'Compensation', 'Recipe', 'WeightScheme', 'as_recipe']
 
 RECIPE_VERSION = 1
+# What the weight stage decides: one activation stage serves it under any of these, although the search for input
+# scales looked at the weights as they were to be rounded then.
+WEIGHT_STAGE_FIELDS = frozenset(
+    {'weight_bits', 'weight_scheme', 'rounding', 'compensation', 'compensation_bits', 'calibration_samples'}
+)
 
 Rounding = Literal['feedback', 'nearest']
 WeightScheme = Literal['percentile', 'percentile_asymmetric', 'mse', 'min_max']

@@ -19,6 +19,7 @@ from gplq.insert import insert
 from gplq.layers import CompensatedBlock, LinearCompensation
 from gplq.packing import pack, unpack
 from gplq.plan import Plan
+from gplq.recipe import WEIGHT_STAGE_FIELDS
 from gplq.record import Stage, named_quantizers, record_of, weight_views
 from gplq.spec import FLOAT_BITS
 
@@ -62,13 +63,17 @@ def restore(model: nn.Module, description: dict[str, str]) -> None:
 def adopt(model: nn.Module, description: dict[str, str]) -> None:
     """Bring a prepared model to the stage of a checkpoint of the same recipe; tensors are loaded afterwards.
 
+    Before the weights are quantized the recipe may differ in what only the weight stage decides: the model keeps its
+    own, and its weight quantizers wait for their tensors.
+
     Raises:
         CheckpointError: if the checkpoint was written under another recipe or for other sites.
     """
     record = record_of(model)
     stage, plan, _, corrected = _parse(description)
     ours, theirs = record.plan.recipe.to_dict(), plan.recipe.to_dict()
-    differing = sorted(key for key in ours if ours[key] != theirs[key])
+    open_still = frozenset() if stage is Stage.QUANTIZED else WEIGHT_STAGE_FIELDS
+    differing = sorted(key for key in ours.keys() - open_still if ours[key] != theirs[key])
     if differing:
         told = ', '.join(f'{key}: {theirs[key]} there, {ours[key]} here' for key in differing)
         raise CheckpointError(f'the checkpoint was written under another recipe ({told})')

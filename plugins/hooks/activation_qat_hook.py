@@ -127,8 +127,9 @@ class ActivationQATHook(Hook):
         else:
             restore(model, description)
             copy_anew(runner)
-        check_keys(model, checkpoint, _source(runner), quantized=True)
         stage = record_of(model).stage
+        check_keys(model, checkpoint, _source(runner), stage)
+        complete(model, checkpoint, stage)
         if not _trains(runner):
             return
         if runner._resume and stage is not Stage.QUANTIZED:

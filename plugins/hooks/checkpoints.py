@@ -15,10 +15,19 @@ from gplq.errors import CheckpointError
 from gplq.layers import LinearCompensation, LinearMap
 from gplq.plugins.safe_load import allow_mmengine_objects
 from gplq.products import QuantizedProduct
+from gplq.record import Stage
+from gplq.weights import WeightQuantizer
 
 __all__ = ['check_keys', 'check_source', 'complete', 'quantization_of', 'read_checkpoint']
 
 REMEDY = "set load_from (or --cfg-options load_from=PATH) to the FP32 checkpoint of this config's model"
+
+# Modules whose tensors a checkpoint of a stage cannot have yet.
+LATER: dict[Stage, tuple[type[nn.Module], ...]] = {
+    Stage.PREPARED: (LinearMap, QuantizedProduct, LinearCompensation),
+    Stage.CALIBRATED: (WeightQuantizer,),
+    Stage.QUANTIZED: (),
+}
 
 
 def check_source(runner: Runner, *, required: bool = True) -> None:
@@ -119,14 +128,14 @@ def _tensors_of(checkpoint: dict[str, Any], source: str) -> dict[str, torch.Tens
     )
 
 
-def check_keys(model: nn.Module, checkpoint: dict[str, Any], source: str, *, quantized: bool = False) -> list[str]:
+def check_keys(model: nn.Module, checkpoint: dict[str, Any], source: str, stage: Stage = Stage.PREPARED) -> list[str]:
     """Check that every tensor of the model comes from the checkpoint; mmengine loads with strict=False.
 
     Args:
-        model: prepared.
+        model: prepared, or in FP32.
         checkpoint: as it was read.
         source: its name for messages.
-        quantized: whether it must bring what quantization added as well.
+        stage: of the model that it holds; what a later stage adds need not be there.
 
     Returns:
         Names in the checkpoint that the model lacks.
@@ -135,10 +144,10 @@ def check_keys(model: nn.Module, checkpoint: dict[str, Any], source: str, *, qua
         CheckpointError: if there are none, if some are missing, have another shape or are not finite.
     """
     state = _tensors_of(checkpoint, source)
-    own = () if quantized else _own_prefixes(model)
+    own = _prefixes(model, LATER[stage])
     expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
     # Fixed tables that a constructor computes, and counters of batches, need not travel.
-    added = _own_prefixes(model)
+    added = _prefixes(model, LATER[Stage.PREPARED])
     computed = {
         name
         for name, _ in model.named_buffers()
@@ -161,16 +170,15 @@ def check_keys(model: nn.Module, checkpoint: dict[str, Any], source: str, *, qua
     return sorted(name for name in set(state) - set(expected) if not name.startswith(own))
 
 
-def complete(model: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Add what quantization brought along to an FP32 checkpoint: a strict load passes, a lax one logs nothing."""
+def complete(model: nn.Module, checkpoint: dict[str, Any], stage: Stage = Stage.PREPARED) -> None:
+    """Add what later stages bring to a checkpoint: a strict load passes, a lax one logs nothing."""
     state = checkpoint.get('state_dict', checkpoint)
-    own = _own_prefixes(model)
+    later = _prefixes(model, LATER[stage])
     for name, tensor in model.state_dict().items():
-        if name.startswith(own):
+        if name.startswith(later):
             state.setdefault(name, tensor.detach().clone())
 
 
-def _own_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """Prefixes of everything that quantization added to the model."""
-    own = (LinearMap, QuantizedProduct, LinearCompensation)
-    return tuple(f'{name}.' for name, module in model.named_modules() if isinstance(module, own)) or ('\0',)
+def _prefixes(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> tuple[str, ...]:
+    """Prefixes of the tensors of modules of some kinds."""
+    return tuple(f'{name}.' for name, module in model.named_modules() if isinstance(module, kinds)) or ('\0',)

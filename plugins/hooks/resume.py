@@ -88,9 +88,10 @@ def _iteration(path: Path) -> int:
 
 
 def describe_stage(settings: HookSettings, **more: Any) -> str:
-    """What must be the same when the stage goes on, beside the recipe, as text for a checkpoint's metadata."""
-    values = {name: value for name, value in asdict(settings).items() if name not in ('recipe', *FREE)}
-    return json.dumps({**values, **more})
+    """What must be the same when the stage goes on, as text for a checkpoint's metadata."""
+    values = {name: value for name, value in asdict(settings).items() if name not in FREE}
+    recipe = values.pop('recipe')
+    return json.dumps({**values, **recipe, **more})
 
 
 def check_same_stage(meta: dict[str, Any], settings: HookSettings) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import gplq
-from gplq.record import named_quantizers
+from gplq.errors import CheckpointError
+from gplq.record import Stage, named_quantizers, record_of
 from gplq.serialization import adopt, describe
 
 Make = Callable[..., nn.Module]
@@ -40,6 +41,23 @@ def test_a_checkpoint_brings_its_signs_and_calibrating_again_forgets_them(toy_vi
     assert pixels.spec.signed is False
     gplq.calibrate(model, [images])
     assert pixels.spec.signed is True
+
+
+def test_a_calibrated_checkpoint_serves_any_weight_stage(toy_vit: Make, images: Tensor) -> None:
+    source = prepared(toy_vit, images)
+    gplq.calibrate(source, [images])
+    others = dict(weight_bits=3, weight_scheme='percentile', rounding='nearest', compensation='ridge')
+    for recipe in (gplq.Recipe.gplq(**others, calibration_samples=5, compensation_bits=4), gplq.Recipe.gplq(32)):
+        model = prepared(toy_vit, images, recipe)
+        adopt(model, describe(source))
+        assert record_of(model).plan.recipe == recipe
+        assert record_of(model).stage is Stage.CALIBRATED
+    with pytest.raises(CheckpointError, match='another recipe .activation_bits: 4 there, 3 here.'):
+        adopt(prepared(toy_vit, images, 'w4a3'), describe(source))
+    # Once the weights are quantized nothing is open any more.
+    gplq.quantize_weights(source, [images])
+    with pytest.raises(CheckpointError, match='another recipe .weight_bits: 4 there, 3 here.'):
+        adopt(prepared(toy_vit, images, 'w3a4'), describe(source))
 
 
 @pytest.mark.parametrize('linear_input', ['channel', 'tensor'])

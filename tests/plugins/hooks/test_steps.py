@@ -159,6 +159,30 @@ def test_the_parts_do_what_the_whole_does(train: Train, steps_of: Steps) -> None
     assert steps_of(second)[1]['metrics'] == whole[2]['metrics']
 
 
+@pytest.mark.parametrize('first_bits', [4, 32])
+def test_one_first_stage_serves_many_second_ones(first_bits: int, train: Train, steps_of: Steps) -> None:
+    def first(config: Config) -> None:
+        config.default_hooks.gplq.type = 'gplq.plugins.ActivationQATHook'
+
+    start = steps_of(train('first', change=first, weight_bits=first_bits))[1]
+
+    def second(config: Config) -> None:
+        config.default_hooks.gplq.type = 'gplq.plugins.WeightPTQHook'
+        config.load_from = start['checkpoint']
+
+    for number, options in enumerate(
+        (
+            dict(weight_bits=3),
+            dict(recipe=dict(rounding='nearest', compensation='ridge')),
+            dict(recipe=dict(weight_scheme='percentile_asymmetric', calibration_samples=16)),
+        )
+    ):
+        steps = steps_of(train(str(number), change=second, iterations=0, validate_fp32=False, **options))
+        assert steps[0]['metrics'] == start['metrics']
+        assert steps[1]['step'] == f'W{options.get("weight_bits", 4)}A4'
+        assert steps[1]['metrics'] != start['metrics']
+
+
 def test_weight_hook_alone_quantizes_an_fp32_model(
     train: Train, steps_of: Steps, log_of: Callable[[Runner], str]
 ) -> None:
