@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gplq.grid import Grid
+from gplq.kept import Kept, gradients, keep
+
 __all__ = ['dequantize', 'fake_quantize', 'quantize']
 
 
@@ -26,60 +29,24 @@ def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None = None) -> Te
     return codes * scale if offset is None else (codes + offset) * scale
 
 
-def _steps(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    """``x / scale - offset`` in memory of its own, in FP32 at least."""
-    # Memory that is written for the first time costs more than the arithmetic: what can be is done in place.
-    steps = x / scale if x.dtype == scale.dtype else x.to(scale.dtype).div_(scale)
-    return steps if offset is None else steps.sub_(offset)
-
-
 class _FakeQuantize(torch.autograd.Function):
-    """Quantize and dequantize in one node that keeps nothing for backward but its input.
-
-    Gradients (LSQ, Esser et al. 2020, eq. 3; LSQ+ eq. 5 for the offset): to ``x`` straight through where no
-    code is clipped, to ``scale`` the rounding error inside and the bound outside, to ``offset`` only where
-    clipped, since inside the two occurrences of the offset cancel.
-    """
+    """Quantize and dequantize in one node that keeps codes for backward."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        offset: Tensor | None,
-        qmin: int,
-        qmax: int,
-        scale_gradient: float,
+        ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, bounds: tuple[int, int], factor: float
     ) -> Tensor:
-        ctx.save_for_backward(x, scale, offset)
-        ctx.bounds = (qmin, qmax)
-        ctx.scale_gradient = scale_gradient
-        codes = _steps(x, scale, offset).round_().clamp_(qmin, qmax)
-        if offset is not None:
-            codes.add_(offset)
-        return codes.mul_(scale).to(x.dtype)
+        kept, values = keep(x, Grid(scale, bounds[0], bounds[1], offset))
+        ctx.save_for_backward(*kept, scale, offset)
+        ctx.bounds, ctx.factor, ctx.dtype = bounds, factor, x.dtype
+        return values.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, offset = ctx.saved_tensors
-        steps = _steps(x, scale, offset)
-        gradient = gradients[0].to(steps.dtype)
-        qmin, qmax = ctx.bounds
-        # One pass instead of two comparisons, their conjunction and a product: this is on every training step.
-        to_x = torch.ops.aten.hardtanh_backward(gradient, steps, qmin, qmax)
-        to_scale = to_offset = None
-        if ctx.needs_input_grad[1]:
-            # code - inside * steps, times the gradient, where inside * gradient is what x was given.
-            slope = steps.round().clamp_(qmin, qmax)
-            if offset is not None:
-                slope.add_(offset)
-            slope.mul_(gradient).addcmul_(to_x, steps, value=-1)
-            if offset is not None:
-                slope.addcmul_(to_x, offset.expand_as(to_x), value=-1)
-            to_scale = slope.sum_to_size(scale.shape) * ctx.scale_gradient
-        if offset is not None and ctx.needs_input_grad[2]:
-            to_offset = ((gradient - to_x) * scale).sum_to_size(offset.shape) * ctx.scale_gradient
-        return to_x.to(x.dtype), to_scale, to_offset, None, None, None
+    def backward(ctx: Any, *arguments: Tensor) -> tuple[Tensor | None, ...]:
+        codes, errors, scale, offset = ctx.saved_tensors
+        grid = Grid(scale, ctx.bounds[0], ctx.bounds[1], offset, ctx.factor)
+        to_x, to_scale, to_offset = gradients(Kept(codes, errors), arguments[0], grid)
+        return to_x.to(ctx.dtype), to_scale, to_offset, None, None
 
 
 def fake_quantize(
@@ -105,6 +72,6 @@ def fake_quantize(
         neighboring 8-bit codes apart.
     """
     result: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
-        x, scale, offset, qmin, qmax, scale_gradient
+        x, scale, offset, (qmin, qmax), scale_gradient
     )
     return result

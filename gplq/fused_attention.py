@@ -1,4 +1,4 @@
-"""Softmax attention with a quantized attention map, a few heads at a time, nothing of it kept for backward."""
+"""Softmax attention on quantized operands, a few heads at a time, that keeps codes alone for backward."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from gplq.grid import Grid
+from gplq.kept import Kept, gradients, keep, restore
 
 __all__ = ['quantized_attention']
 
@@ -19,39 +22,31 @@ def quantized_attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    scale: Tensor,
-    qmin: int,
-    qmax: int,
-    scale_gradient: float = 1.0,
+    grids: tuple[Grid, Grid, Grid, Grid],
 ) -> Tensor:
-    """``fake_quantize(softmax(query @ key^T + mask), scale) @ value``, values and gradients as if written out.
+    """Softmax attention with all four operands of its two products quantized, as if written out.
 
     The map of n x m values a head is by far the largest tensor of an attention, and written out it is kept several
-    times over. Here it is made anew in backward, as FlashAttention does (Dao et al. 2022, sec. 3.1), with LSQ's
-    gradient for its scale.
+    times over. Here it is made anew in backward, as FlashAttention does (Dao et al. 2022, sec. 3.1), and of query, key
+    and value their codes are kept. Gradients of the scales are LSQ's.
 
     Args:
         query: ``(..., n, d)``, already multiplied by the softmax's temperature.
         key: ``(..., m, d)``.
         value: ``(..., m, e)``.
         mask: additive, broadcasts against ``(..., n, m)``.
-        scale: of the attention map, ``(..., 1, 1)`` once broadcast against the leading axes.
-        qmin: smallest code.
-        qmax: largest code.
-        scale_gradient: LSQ's factor.
+        grids: of query, key, value and attention map, without offsets; scales ``(..., 1, 1)`` once broadcast against
+            the leading axes, the value's ``(..., 1, e)``.
 
     Returns:
         ``(..., n, e)``.
     """
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        kind = torch.get_autocast_dtype(device)
-        query, key, value = query.to(kind), key.to(kind), value.to(kind)
     # Heads of the query may share a key and a value.
     lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])  # type: ignore[no-untyped-call]
-    query, key, value = (x.expand(*lead, *x.shape[-2:]) for x in (query, key, value))
     groups = lead.numel()
-    scales = scale.float().expand(*lead, 1, 1).reshape(groups, 1, 1)
+    operands = [x.expand(*lead, *x.shape[-2:]).reshape(groups, *x.shape[-2:]) for x in (query, key, value)]
+    # Columns of a product may have scales of their own, its rows never have.
+    scales = [grid.scale.expand(*lead, 1, grid.scale.shape[-1]).flatten(0, -3) for grid in grids]
     flat_mask = index = None
     if mask is not None:
         mask = mask.expand(*mask.shape[:-2], query.shape[-2], key.shape[-2])
@@ -59,15 +54,15 @@ def quantized_attention(
         flat_mask = mask.reshape(-1, *mask.shape[-2:])
         # Which mask belongs to which head, so that one mask for all images is not copied for each.
         index = torch.arange(heads.numel(), device=mask.device).reshape(heads).expand(lead).reshape(groups)
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     y: Tensor = _QuantizedAttention.apply(  # type: ignore[no-untyped-call]
-        query.reshape(groups, *query.shape[-2:]),
-        key.reshape(groups, *key.shape[-2:]),
-        value.reshape(groups, *value.shape[-2:]),
+        *operands,
+        *scales,
         flat_mask,
         index,
-        scales,
-        (qmin, qmax),
-        scale_gradient,
+        tuple((grid.qmin, grid.qmax, grid.factor) for grid in grids),
+        dtype,
     )
     return y.reshape(*lead, *y.shape[-2:])
 
@@ -79,47 +74,73 @@ class _QuantizedAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        query_scale: Tensor,
+        key_scale: Tensor,
+        value_scale: Tensor,
+        scale: Tensor,
         mask: Tensor | None,
         index: Tensor | None,
-        scale: Tensor,
-        bounds: tuple[int, int],
-        scale_gradient: float,
+        grids: tuple[tuple[int, int, float], ...],
+        dtype: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value, mask, index, scale)
-        ctx.bounds, ctx.scale_gradient = bounds, scale_gradient
+        scales = (query_scale, key_scale, value_scale)
+        kept: list[Tensor] = []
+        restored = []
+        for x, own, (qmin, qmax, _) in zip((query, key, value), scales, grids, strict=False):
+            of_x, values = keep(x, Grid(own, qmin, qmax))
+            kept += of_x
+            restored.append(values.to(x.dtype).to(dtype))
+        ctx.save_for_backward(*kept, *scales, scale, mask, index)
+        ctx.grids, ctx.dtype, ctx.given = grids, dtype, (query.dtype, key.dtype, value.dtype)
+        query, key, value = restored
+        bounds = grids[3][:2]
         y = value.new_empty(*query.shape[:-1], value.shape[-1])
         with torch.autocast(query.device.type, enabled=False):
             for part in _parts(query, key):
                 attention = _attention(query[part], key[part], _masks(mask, index, part))
                 codes = attention.div_(scale[part]).round_().clamp_(*bounds)
-                torch.bmm(codes.mul_(scale[part]).to(value.dtype), value[part], out=y[part])
+                torch.bmm(codes.mul_(scale[part]).to(dtype), value[part], out=y[part])
         return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, index, scale = ctx.saved_tensors
-        gradient = gradients[0].to(value.dtype)
-        to_query, to_key, to_value = (torch.empty_like(x) for x in (query, key, value))
-        to_mask = torch.zeros_like(mask) if ctx.needs_input_grad[3] else None
+    def backward(ctx: Any, *arguments: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        kept = [Kept(*saved[number : number + 2]) for number in (0, 2, 4)]
+        scales, (scale, mask, index) = saved[6:9], saved[9:]
+        gradient = arguments[0].to(ctx.dtype)
+        query, key, value = (
+            restore(k, Grid(own, qmin, qmax)).to(given).to(ctx.dtype)
+            for k, own, given, (qmin, qmax, _) in zip(kept, scales, ctx.given, ctx.grids, strict=False)
+        )
+        incoming = [torch.empty_like(x) for x in (query, key, value)]
+        to_query, to_key, to_value = incoming
+        to_mask = torch.zeros_like(mask) if ctx.needs_input_grad[7] else None
         to_scale = torch.zeros_like(scale)
+        bounds, factor = ctx.grids[3][:2], ctx.grids[3][2]
         with torch.autocast(query.device.type, enabled=False):
             for part in _parts(query, key):
                 attention = _attention(query[part], key[part], _masks(mask, index, part))
                 steps = attention / scale[part]
-                codes = steps.round().clamp_(*ctx.bounds)
-                incoming = torch.bmm(gradient[part], value[part].transpose(1, 2)).float()
-                passed = torch.ops.aten.hardtanh_backward(incoming, steps, *ctx.bounds)
-                slope = incoming.mul_(codes).addcmul_(passed, steps, value=-1)
+                codes = steps.round().clamp_(*bounds)
+                at_map = torch.bmm(gradient[part], value[part].transpose(1, 2)).to(scale.dtype)
+                passed = torch.ops.aten.hardtanh_backward(at_map, steps, *bounds)
+                slope = at_map.mul_(codes).addcmul_(passed, steps, value=-1)
                 to_scale[part] = slope.sum(dim=(1, 2), keepdim=True)
-                restored = codes.mul_(scale[part]).to(value.dtype)
+                restored = codes.mul_(scale[part]).to(ctx.dtype)
                 torch.bmm(restored.transpose(1, 2), gradient[part], out=to_value[part])
-                scores = torch._softmax_backward_data(passed, attention, -1, torch.float32)
+                scores = torch._softmax_backward_data(passed, attention, -1, attention.dtype)
                 if to_mask is not None:
                     to_mask.index_add_(0, index[part], scores.to(to_mask.dtype))
-                scores = scores.to(query.dtype)
+                scores = scores.to(ctx.dtype)
                 torch.bmm(scores, key[part], out=to_query[part])
                 torch.bmm(scores.transpose(1, 2), query[part], out=to_key[part])
-        return to_query, to_key, to_value, to_mask, None, to_scale * ctx.scale_gradient, None, None
+            del query, key, value
+            to_operands, to_scales = [], []
+            for k, own, given, (qmin, qmax, own_factor) in zip(kept, scales, ctx.given, ctx.grids, strict=False):
+                to_x, to_own, _ = gradients(k, incoming.pop(0), Grid(own, qmin, qmax, None, own_factor))
+                to_operands.append(to_x.to(given))
+                to_scales.append(to_own)
+        return *to_operands, *to_scales, to_scale * factor, to_mask, None, None, None
 
 
 def _parts(query: Tensor, key: Tensor) -> list[slice]:
@@ -135,7 +156,8 @@ def _masks(mask: Tensor | None, index: Tensor | None, part: slice) -> Tensor | N
 
 def _attention(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     """The FP32 attention maps ``(heads, n, m)`` of some heads."""
-    scores = torch.bmm(query, key.transpose(1, 2)).float()
+    scores = torch.bmm(query, key.transpose(1, 2))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is None:
         return torch.softmax(scores, dim=-1)
     scores = scores.add_(mask)

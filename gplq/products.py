@@ -115,7 +115,7 @@ class QuantizedProduct(nn.Module):
     @property
     def settled(self) -> bool:
         """Whether both operands are quantized and nobody looks on."""
-        return self.watcher is None and all(q.enabled and q.observer is None for q in self.operands)
+        return self.watcher is None and all(q.settled for q in self.operands)
 
     def forward(self, left: Tensor, right: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         quantize_left, quantize_right = self.operands
@@ -261,13 +261,14 @@ def _fused(
     quantize_map, quantize_value = attention_value.operands
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
     return quantized_attention(
-        quantize_query(query),
-        # As it lies in the product, so that its scales do too.
-        quantize_key(key.transpose(-2, -1)).transpose(-2, -1),
-        quantize_value(value),
+        query,
+        key,
+        value,
         attn_mask,
-        quantize_map.scale_over(query.shape[0]),
-        quantize_map.spec.qmin,
-        quantize_map.spec.qmax,
-        quantize_map.scale_gradient,
+        (
+            quantize_query.grid(query),
+            quantize_key.grid(key),
+            quantize_value.grid(value),
+            quantize_map.grid(query),
+        ),
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gplq.functional import fake_quantize, quantize
+from gplq.grid import Grid
 from gplq.observers import Observer
 from gplq.spec import QuantizerSpec
 
@@ -70,6 +71,15 @@ class Quantizer(nn.Module):
     def scale_over(self, batch: int) -> Tensor:
         """The scale for a leading axis of length ``batch``: repeated where heads are merged into that axis."""
         return self.scale.repeat(batch // self.merged_heads, 1, 1) if self.merged_heads else self.scale
+
+    def grid(self, x: Tensor) -> Grid:
+        """How ``x`` is rounded, for operations that do it themselves."""
+        return Grid(self.scale_over(len(x)), self.spec.qmin, self.spec.qmax, self.offset, self.scale_gradient)
+
+    @property
+    def settled(self) -> bool:
+        """Whether values are quantized and nobody observes them."""
+        return self.enabled and self.observer is None
 
     def groups(self, x: Tensor) -> Tensor:
         """``x`` as a matrix, one row a scale: ``(number of scales, elements that share it)``."""

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from gplq.quantized_linear import quantized_linear
 from gplq.quantizer import Quantizer
 from gplq.weights import WeightQuantizer
 
@@ -43,12 +45,14 @@ class LinearMap(nn.Module):
         bias: Tensor | None,
     ) -> Tensor:
         """``operation(quantized x, weight, bias)``; ``weight`` is already rounded after the weight stage."""
-        if self.input is not None:
-            x = self.input(x)
         if self.corrected:
             correction = self.bias_correction
             bias = correction if bias is None else bias + correction
             bias = bias.to(weight.dtype)
+        if operation is F.linear and self.input is not None and self.input.settled and self.watcher is None:
+            return quantized_linear(x, weight, bias, self.input.grid(x))
+        if self.input is not None:
+            x = self.input(x)
         y = operation(x, weight, bias)
         if self.watcher is not None:
             # An attention may be running around this map: its mode must not take the watcher's products for its own.

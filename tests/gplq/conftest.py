@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gplq
+from gplq.grid import Grid
 
 
 class Attention(nn.Module):
@@ -134,3 +135,20 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
         return float((found - expected).norm() / (expected - expected.mean(0)).norm())
 
     return measure
+
+
+@pytest.fixture(scope='session')
+def written_out_lsq() -> Callable[[Tensor, Grid], Tensor]:
+    """LSQ as its paper's code writes it, its gradients autograd's: a reference for what is written by hand."""
+
+    def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
+        def scaled(parameter: Tensor) -> Tensor:
+            return parameter * grid.factor + (parameter - parameter * grid.factor).detach()
+
+        scale = scaled(grid.scale)
+        offset = 0.0 if grid.offset is None else scaled(grid.offset)
+        steps = (x / scale - offset).clamp(grid.qmin, grid.qmax)
+        codes = steps + (steps.round() - steps).detach()
+        return ((codes + offset) * scale).to(x.dtype)
+
+    return fake_quantize

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import gplq
 from gplq.errors import ProductError
 from gplq.fused_attention import quantized_attention
+from gplq.grid import Grid
 from gplq.products import product_operands, scaled_dot_product_parts
 from gplq.record import named_products, named_quantizers
 
@@ -61,11 +62,11 @@ def test_a_query_that_may_look_at_nothing_gets_nothing(fused: bool) -> None:
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     if fused:
         # So fine a scale changes nothing.
-        scale = torch.full((1, 1, 1, 1), 2.0**-20)
-        found = quantized_attention(query * 8**-0.5, key, value, mask, scale, 0, 2**20)
+        grid = Grid(torch.full((1,), 2.0**-16), -(2**20), 2**20)
+        found = quantized_attention(query * 8**-0.5, key, value, mask, (grid,) * 4)
     else:
         found = scaled_dot_product_parts(torch.matmul, torch.matmul, query, key, value, attn_mask=mask)
-    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(found, expected, atol=1e-4)
     assert not found[:, :, 1].any()
 
 

@@ -1,0 +1,82 @@
+"""A linear layer of a quantized input that keeps codes for backward, not floats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gplq.grid import Grid
+from gplq.kept import Kept, gradients, keep, restore
+
+__all__ = ['quantized_linear']
+
+
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: Grid,
+) -> Tensor:
+    """``linear(fake_quantize(x), weight, bias)``, values and gradients as if written out.
+
+    Between forward and backward it keeps 1.5 bytes a value of ``x`` at 4 bits, where the two operations keep 8. Only
+    the scale's gradient depends on the rounding error in 8 bit; those of input and weight are exact.
+
+    Args:
+        x: ``(..., columns)``.
+        weight: ``(rows, columns)``.
+        bias: ``(rows,)`` or None.
+        grid: of ``x``.
+
+    Returns:
+        ``(..., rows)``.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    # A matrix, so that the result is no view made inside: callers may add to it in place.
+    y: Tensor = _QuantizedLinear.apply(  # type: ignore[no-untyped-call]
+        x.reshape(-1, x.shape[-1]), weight, bias, grid.scale, grid.offset, (grid.qmin, grid.qmax), grid.factor, dtype
+    )
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor,
+        offset: Tensor | None,
+        bounds: tuple[int, int],
+        factor: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        kept, values = keep(x, Grid(scale, bounds[0], bounds[1], offset))
+        ctx.save_for_backward(*kept, weight, scale, offset)
+        ctx.bounds, ctx.factor, ctx.dtype, ctx.given, ctx.has_bias = bounds, factor, dtype, x.dtype, bias is not None
+        with torch.autocast(x.device.type, enabled=False):
+            values = values.to(x.dtype).to(dtype)
+            return F.linear(values, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *arguments: Tensor) -> tuple[Tensor | None, ...]:
+        codes, errors, weight, scale, offset = ctx.saved_tensors
+        kept, grid = Kept(codes, errors), Grid(scale, ctx.bounds[0], ctx.bounds[1], offset, ctx.factor)
+        gradient = arguments[0].to(ctx.dtype)
+        to_x = to_weight = to_bias = to_scale = to_offset = None
+        with torch.autocast(gradient.device.type, enabled=False):
+            if ctx.needs_input_grad[1]:
+                values = restore(kept, grid).to(ctx.given).to(ctx.dtype)
+                to_weight = (gradient.t() @ values).to(weight.dtype)
+                del values
+            if ctx.has_bias and ctx.needs_input_grad[2]:
+                to_bias = gradient.sum(0).to(weight.dtype)
+            if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+                to_x, to_scale, to_offset = gradients(kept, gradient @ weight.to(ctx.dtype), grid)
+                to_x = to_x.to(ctx.given)
+        return to_x, to_weight, to_bias, to_scale, to_offset, None, None, None
