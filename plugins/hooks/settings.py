@@ -128,7 +128,7 @@ def _with(inner: dict[str, Any], place: str, outer: dict[str, Any], names: Seque
     """Settings of the recipe or stage, with those that the hook takes for them moved in."""
     moved = {name: outer.pop(name) for name in names if name in outer}
     for name, value in moved.items():
-        if inner.get(name, value) != value:
+        if name in inner and inner[name] != value:
             raise RecipeError(f'{name}={value!r} contradicts {place}={{{name!r}: {inner[name]!r}}}: leave one out')
     return {**inner, **moved}
 

@@ -53,6 +53,7 @@ def test_none_leaves_a_setting_at_its_default() -> None:
         (dict(minimum_iterations=-1), 'minimum_iterations=-1 must be at least 0'),
         (dict(mimicking='yes'), "mimicking must be True or False or a number or None, got 'yes'"),
         (dict(mimicking=-1), 'mimicking_weight=-1.0'),
+        (dict(mimicking=float('nan')), 'mimicking_weight=nan must be finite'),
         (dict(stage='fast'), "stage must be a dict or None, got 'fast'"),
         (dict(stage=dict(lr='fast')), "stage.lr must be a number, got 'fast'"),
         (dict(stage=dict(rank='x')), "stage.rank must be an integer or None, got 'x'"),
