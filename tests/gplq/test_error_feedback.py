@@ -23,6 +23,16 @@ def test_two_columns_by_hand():
     assert sorted(rounded[0].tolist()) == [0.0, 1.0]
 
 
+def test_the_column_of_most_energy_is_rounded_first():
+    # Inputs are (2, 1) times the same number, weights 0.4 each: the output is 1.2. The first column is rounded to 0,
+    # and the second makes up for it at half the price: 0.4 + 2 * 0.4 becomes 1. In the other order it would be 2.
+    scales = choose_weight_scales(torch.tensor([[7.0, 7.0]]), 4, 'min_max')
+    for columns in ([0, 1], [1, 0]):
+        gram = torch.tensor([[4.0, 2.0], [2.0, 1.0]])[columns][:, columns]
+        rounded = round_with_feedback(torch.tensor([[0.4, 0.4]]), scales, 4, gram, damping=1e-6)
+        assert rounded[0, columns].tolist() == [0.0, 1.0]
+
+
 def test_beats_rounding_to_nearest_on_its_own_quadratic():
     weight, inputs = problem()
     scales = choose_weight_scales(weight, 3, 'mse')

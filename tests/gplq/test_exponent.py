@@ -93,6 +93,18 @@ def test_a_dead_channel_takes_no_part() -> None:
     assert float(found.scale[2]) <= float(found.scale[alive].max())
 
 
+def test_a_dead_channel_takes_the_smallest_scale() -> None:
+    """Of small inputs the step of 1 that a range of zero width gets would be the largest: 1,000 times too wide."""
+    vectors, _ = inputs()
+    vectors *= 1e-3
+    vectors[:, 2] = 0
+    seen = Range(vectors.amin(0), vectors.amax(0))
+    found = search(vectors, seen, weight(), exponents=(1.0,), clips=(1.0,), balance=False)
+    alive = torch.tensor([0, 1, 3, 4, 5])
+    assert torch.allclose(found.scale[alive], torch.maximum(seen.low / -8, seen.high / 7)[alive])
+    assert float(found.scale[2]) == pytest.approx(float(found.scale[alive].min()))
+
+
 def test_inputs_that_are_all_zero() -> None:
     found = search(torch.zeros(4, 6), Range(torch.zeros(6), torch.zeros(6)), weight())
     assert bool((found.scale > 0).all() and found.scale.isfinite().all())
