@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from gplq.batches import Forward, batch_size, bounded, default_forward, rereadable
+from gplq.distributed import failing_together, total
 from gplq.equalize import equalize_queries_and_keys
 from gplq.errors import CalibrationError
 from gplq.exponent import search_input_scale
@@ -62,11 +64,18 @@ def calibrate(
             if count:
                 _log.info('queries and keys evened out in %d attention modules', count)
         with _observing(model, recipe):
-            samples = 0
-            for batch in progress(bounded(batches, recipe.calibration_samples), 'calibrate'):
-                _run(model, batch, forward)
-                samples += batch_size(batch)
-            observers = {name: q.observer for name, q in named_quantizers(model) if q.observer is not None}
+            with failing_together():
+                samples = 0
+                for batch in progress(bounded(batches, recipe.calibration_samples), 'calibrate'):
+                    _run(model, batch, forward)
+                    samples += batch_size(batch)
+            observers = {}
+            device = next(model.parameters()).device
+            for name, quantizer in named_quantizers(model):
+                assert quantizer.observer is not None
+                observers[name] = quantizer.observer
+                quantizer.observer.pool(quantizer.log_scale.numel(), device)
+            samples = int(total(torch.tensor(samples, dtype=torch.long, device=device)))
     settled = {name: _with_sign(name, plan.spec, observers[name]) for name, plan in record.plan.operands().items()}
     for plan, view in progress(weight_views(model), 'input scales'):
         if view.map.input is not None:

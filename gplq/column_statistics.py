@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gplq.batches import Forward, bounded
+from gplq.distributed import failing_together, total
 from gplq.layers import WeightView
 from gplq.progress import Progress
 from gplq.record import record_of, weight_views
@@ -51,6 +52,13 @@ class ColumnStatistics:
     def __call__(self, x: Tensor, y: Tensor) -> None:
         self.add(x)
 
+    def pool(self) -> None:
+        """Take in what the other ranks have summed."""
+        for sums in (self.squares, self.gram, self.total):
+            if sums is not None:
+                total(sums)
+        self.count = int(total(torch.tensor(self.count, dtype=torch.long, device=self.squares.device)))
+
     @property
     def mean(self) -> Tensor:
         """``(columns,)``."""
@@ -72,8 +80,11 @@ def observe_columns(
     views = [view for _, view in weight_views(model) if not isinstance(view.owner, nn.Conv2d)]
     samples = record_of(model).plan.recipe.calibration_samples
     with _watching(views) as statistics:
-        for batch in progress(bounded(batches, samples), 'column statistics'):
-            forward(model, batch)
+        with failing_together():
+            for batch in progress(bounded(batches, samples), 'column statistics'):
+                forward(model, batch)
+        for found in statistics.values():
+            found.pool()
     return {name: found for name, found in statistics.items() if found.count}
 
 

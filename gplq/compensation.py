@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gplq.batches import Forward, batch_size, bounded
 from gplq.column_statistics import ColumnStatistics
+from gplq.distributed import maximum
+from gplq.journal import Journal
 from gplq.layers import CompensatedBlock, LinearCompensation, WeightView
 from gplq.least_squares import AffineFit, LinearFit
 from gplq.plan import MapPlan
 from gplq.progress import Progress
 from gplq.recipe import Recipe
 from gplq.record import record_of, weight_views
-from gplq.rounding import round_view
+from gplq.rounding import once, round_view
 from gplq.spec import FLOAT_BITS
 from gplq.swap import swap_class
 
@@ -42,6 +45,7 @@ def compensate(
     batches: Iterable[Any],
     forward: Forward,
     progress: Progress,
+    journal: Journal | None = None,
 ) -> None:
     """Fit the recipe's compensation to the outputs of ``reference``, the model before rounding.
 
@@ -57,7 +61,15 @@ def compensate(
     source = _Source(batches, samples, forward)
     if recipe.compensation == 'qwt':
         for name in progress(record_of(model).plan.blocks, 'compensate'):
-            _compensate_block(model, reference, name, source)
+            known = None if journal is None else journal.recall(f'qwt {name}')
+            if known is None:
+                layer = _fit_block(model, reference, name, source)
+                if journal is not None:
+                    journal.note(f'qwt {name}', {} if layer is None else layer.state_dict())
+            else:
+                layer = _known_layer(known, recipe) if known else None
+            if layer is not None:
+                attach_compensation(model.get_submodule(name), layer.to(next(model.parameters()).device))
         return
     views = list(_rounded_views(model))
     if recipe.compensation == 'ridge':
@@ -65,9 +77,10 @@ def compensate(
     for _, view in progress(views, recipe.compensation):
         other = _view(reference, view.name)
         if recipe.compensation == 'affine':
-            _absorb_affine(model, reference, view, other, source)
+            work = partial(_absorb_affine, model, reference, view, other, source)
         else:
-            _refit(model, reference, view, other, source, recipe)
+            work = partial(_refit, model, reference, view, other, source, recipe)
+        once(journal, recipe.compensation, view, work)
 
 
 class _Source:
@@ -97,6 +110,31 @@ class _Source:
             except _Reached:
                 pass
         return watched.result()
+
+
+_Fit = TypeVar('_Fit', LinearFit, AffineFit)
+
+
+class _Fits(Generic[_Fit]):
+    """A fit of the samples that decide and one of those that are held out, over all ranks."""
+
+    def __init__(self) -> None:
+        self._fits: list[_Fit] = []
+
+    def start(self, make: Callable[[], _Fit]) -> None:
+        """Make both, once sizes are known."""
+        if not self._fits:
+            self._fits = [make(), make()]
+
+    def __getitem__(self, held_out: bool) -> _Fit:
+        return self._fits[held_out]
+
+    def pooled(self) -> tuple[_Fit, _Fit]:
+        """What to fit and what to judge by: the same where nothing was held out."""
+        for fit in self._fits:
+            fit.pool()
+        train, judge = self._fits
+        return train, judge if judge.count else train
 
 
 def _split(batch: Any) -> list[Any]:
@@ -177,21 +215,31 @@ def _last_of_blocks(
     return list(last.values())
 
 
-def _compensate_block(model: nn.Module, reference: nn.Module, name: str, source: _Source) -> None:
+def _known_layer(state: dict[str, Tensor], recipe: Recipe) -> LinearCompensation:
+    layer = LinearCompensation(state['codes'].shape[0], recipe.compensation_bits)
+    layer.load_state_dict(state)
+    layer.input.enabled = True
+    return layer
+
+
+def _fit_block(model: nn.Module, reference: nn.Module, name: str, source: _Source) -> LinearCompensation | None:
+    """The compensation of one block, None where it explains nothing.
+
+    Blocks in front of it must have theirs already: it sees what they leave.
+    """
     block = model.get_submodule(name)
-    fits: dict[bool, LinearFit] = {}
+    fits: _Fits[LinearFit] = _Fits()
     largest: Tensor | None = None
     there = reference.get_submodule(name)
     pairs = source.pairs(model, _WatchedBlock(block), reference, _WatchedBlock(there))
     for x, y, target, held_out in pairs:
-        if held_out not in fits:
-            fits[held_out] = LinearFit(x.shape[-1], y.shape[-1], x.device)
+        fits.start(partial(LinearFit, x.shape[-1], y.shape[-1], x.device))
         fits[held_out].add(x, target - y)
         seen = x.abs().reshape(-1, x.shape[-1]).amax(0)
         largest = seen if largest is None else torch.maximum(largest, seen)
     assert largest is not None
-    train = fits[False]
-    judge = fits.get(True, train)
+    maximum(largest)
+    train, judge = fits.pooled()
     best, chosen = 0.0, None
     for strength in _STRENGTHS:
         solution = train.solve(strength)
@@ -200,12 +248,12 @@ def _compensate_block(model: nn.Module, reference: nn.Module, name: str, source:
             best, chosen = explained, solution
     _log.info('%s: compensation explains %.3f of the error', name, best)
     if chosen is None:
-        return
+        return None
     matrix, bias = chosen
     layer = LinearCompensation(matrix.shape[0], record_of(model).plan.recipe.compensation_bits)
     layer.to(largest.device)
     layer.fit(matrix.float(), bias.float(), largest)
-    attach_compensation(block, layer)
+    return layer
 
 
 def attach_compensation(block: nn.Module, layer: LinearCompensation) -> None:
@@ -217,15 +265,13 @@ def attach_compensation(block: nn.Module, layer: LinearCompensation) -> None:
 def _absorb_affine(
     model: nn.Module, reference: nn.Module, view: WeightView, other: WeightView, source: _Source
 ) -> None:
-    fits: dict[bool, AffineFit] = {}
+    fits: _Fits[AffineFit] = _Fits()
     for _, y, target, held_out in source.pairs(model, _WatchedMap(view), reference, _WatchedMap(other)):
         if isinstance(view.owner, nn.Conv2d):
             y, target = y.movedim(1, -1), target.movedim(1, -1)
-        if held_out not in fits:
-            fits[held_out] = AffineFit(y.shape[-1], y.device)
+        fits.start(partial(AffineFit, y.shape[-1], y.device))
         fits[held_out].add(y, target)
-    train = fits[False]
-    judge = fits.get(True, train)
+    train, judge = fits.pooled()
     gain, shift = train.solve()
     bias = view.bias_vector()
     if bias is None:
@@ -253,17 +299,16 @@ def _refit(
 ) -> None:
     """Refit the weight before rounding to the reference's output on this model's inputs, then round it again."""
     original, rounded = other.matrix(), view.matrix()
-    fits: dict[bool, LinearFit] = {}
+    fits: _Fits[LinearFit] = _Fits()
     statistics = ColumnStatistics(original.shape[1], original.device)
     for x, y, target, held_out in source.pairs(model, _WatchedMap(view), reference, _WatchedMap(other)):
-        if held_out not in fits:
-            fits[held_out] = LinearFit(x.shape[-1], y.shape[-1], x.device)
+        fits.start(partial(LinearFit, x.shape[-1], y.shape[-1], x.device))
         # What the unrounded weight would leave to explain; the correction of the first rounding counts as part of y.
         unrounded = y + (x.reshape(-1, x.shape[-1]) @ (original - rounded).t()).reshape(y.shape)
         fits[held_out].add(x, target - (unrounded - view.map.bias_correction))
         statistics.add(x)
-    train = fits[False]
-    judge = fits.get(True, train)
+    statistics.pool()
+    train, judge = fits.pooled()
     best, matrix, shift = 0.0, original, torch.zeros_like(original[:, 0])
     for strength in _STRENGTHS:
         change, bias = train.solve(strength)

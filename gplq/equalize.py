@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gplq.batches import Forward, bounded
+from gplq.distributed import maximum, total
 from gplq.functional import dequantize, quantize
 from gplq.layers import QuantizedLinear
 from gplq.observers import MSEObserver
@@ -112,22 +113,22 @@ def _equalize(owner: nn.Module, index: int, seen: _Seen) -> bool:
         return False
     layers, query_rows, key_rows = rows
     quantizers = product.operands
-    largest_query = _largest(quantizers[0], seen.query)
-    largest_key = _largest(quantizers[1], seen.key)
+    largest_query = maximum(_largest(quantizers[0], seen.query))
+    largest_key = maximum(_largest(quantizers[1], seen.key))
     if not largest_query.shape == query_rows.shape == largest_key.shape == key_rows.shape:
         return False
     factor = (largest_key / largest_query).sqrt()
     factor = torch.where(factor.isfinite() & (factor > 0), factor, torch.ones_like(factor))
     before = _error(quantizers, seen.query, seen.key)
     after = _error(quantizers, *_scaled(quantizers[0], seen, factor))
-    if after >= before:
+    if float(total(after - before)) >= 0:
         return False
     expected = _first(owner(*seen.arguments, **seen.keywords))
     kept = [(layer.weight.clone(), None if layer.bias is None else layer.bias.clone()) for layer in layers]
     _scale_rows(layers, query_rows, factor)
     _scale_rows(layers, key_rows, 1 / factor)
     found = _first(owner(*seen.arguments, **seen.keywords))
-    if float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max()):
+    if float(maximum((found - expected).abs().max() - 1e-4 * expected.abs().max())) <= 0:
         return True
     for layer, (weight, bias) in zip(layers, kept, strict=True):
         layer.weight.copy_(weight)
@@ -190,7 +191,7 @@ def _scaled(quantizer: Quantizer, seen: _Seen, factor: Tensor) -> tuple[Tensor, 
     return query, key
 
 
-def _error(quantizers: tuple[Quantizer, Quantizer], query: Tensor, key: Tensor) -> float:
+def _error(quantizers: tuple[Quantizer, Quantizer], query: Tensor, key: Tensor) -> Tensor:
     """Mean squared error of the product with both sides quantized at their best scale."""
     rounded = []
     for quantizer, x in zip(quantizers, (query, key), strict=True):
@@ -201,7 +202,7 @@ def _error(quantizers: tuple[Quantizer, Quantizer], query: Tensor, key: Tensor) 
         spec = quantizer.spec
         rounded.append(dequantize(quantize(split, scale, spec.qmin, spec.qmax), scale).reshape(x.shape))
     wrong = rounded[0] @ rounded[1].transpose(-2, -1) - query @ key.transpose(-2, -1)
-    return float(wrong.square().mean())
+    return wrong.square().mean()
 
 
 def _scale_rows(layers: list[QuantizedLinear], rows: Tensor, factor: Tensor) -> None:

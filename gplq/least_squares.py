@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gplq.distributed import total
+
 __all__ = ['AffineFit', 'LinearFit', 'ridge_solve']
 
 
@@ -49,6 +51,11 @@ class LinearFit:
         self.cross += (x.t() @ y).double()
         self.squares += y.double().square().sum(dim=0)
 
+    def pool(self) -> None:
+        """Take in what the other ranks have summed."""
+        for sums in (self.gram, self.cross, self.squares):
+            total(sums)
+
     def solve(self, strength: float) -> tuple[Tensor, Tensor]:
         """``matrix`` ``(inputs, outputs)`` and ``bias`` ``(outputs,)``; the bias is not shrunk."""
         count = self.gram[-1, -1].clamp(min=1)
@@ -84,6 +91,15 @@ class AffineFit:
         ones = torch.ones_like(y)
         terms = (ones, y, target, y * y, y * target, target * target)
         self.sums += torch.stack([term.sum(0) for term in terms])
+
+    @property
+    def count(self) -> float:
+        """Vectors added."""
+        return float(self.sums[0, 0])
+
+    def pool(self) -> None:
+        """Take in what the other ranks have summed."""
+        total(self.sums)
 
     def solve(self) -> tuple[Tensor, Tensor]:
         """``gain`` and ``shift``, ``(channels,)``; a gain that is not positive becomes 1."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gplq.distributed import failing_together, total
 from gplq.errors import CalibrationError, RecipeError
 
 __all__ = ['PCABasis', 'fit_pca', 'fit_pca_maps', 'vectors']
@@ -73,12 +74,15 @@ def fit_pca_maps(
     if multiple < 1 or (rank is not None and rank < 1):
         raise RecipeError(f'rank={rank} and multiple={multiple} must be at least 1')
     sums: list[_Moments] = []
-    for features in batches:
-        sums = sums or [_Moments(vectors(feature).shape[1], feature.device) for feature in features]
-        for moments, feature in zip(sums, features, strict=True):
-            moments.add(vectors(feature))
-    if not sums:
-        raise CalibrationError('there are no teacher features to fit a PCA on: the data set or loader is empty')
+    with failing_together():
+        for features in batches:
+            sums = sums or [_Moments(vectors(feature).shape[1], feature.device) for feature in features]
+            for moments, feature in zip(sums, features, strict=True):
+                moments.add(vectors(feature))
+        if not sums:
+            raise CalibrationError('there are no teacher features to fit a PCA on: the data set or loader is empty')
+    for moments in sums:
+        moments.pool()
     return [moments.basis(explained_variance, multiple, rank) for moments in sums]
 
 
@@ -95,6 +99,12 @@ class _Moments:
         self.count += x.shape[0]
         self.sum += x.sum(0).double()
         self.outer += (x.t() @ x).double()
+
+    def pool(self) -> None:
+        """Take in what the other ranks have summed."""
+        self.count = int(total(torch.tensor(self.count, dtype=torch.long, device=self.sum.device)))
+        total(self.sum)
+        total(self.outer)
 
     def basis(self, explained_variance: float, multiple: int, rank: int | None) -> PCABasis:
         if not bool(torch.isfinite(self.outer).all()):

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from gplq.column_statistics import ColumnStatistics
 from gplq.error_feedback import round_with_feedback
+from gplq.journal import Journal
 from gplq.layers import WeightView
 from gplq.recipe import Recipe
 from gplq.weights import choose_weight_scales, restore_weight, round_weight
 
-__all__ = ['round_view']
+__all__ = ['once', 'round_view']
+
+
+@torch.no_grad()
+def once(journal: Journal | None, step: str, view: WeightView, work: Callable[[], None]) -> None:
+    """Do what changes one weight and its map, unless the journal knows how that ended."""
+    if journal is None:
+        work()
+        return
+    name = f'{step} {view.name}'
+    known = journal.recall(name)
+    if known is None:
+        work()
+        own = {f'map.{key}': tensor for key, tensor in view.map.state_dict().items()}
+        corrected = torch.tensor(view.map.corrected)
+        journal.note(name, {'weight': view.matrix(), 'corrected': corrected, **own})
+        return
+    view.write(known.pop('weight').to(view.matrix()))
+    view.map.corrected = bool(known.pop('corrected'))
+    view.map.load_state_dict({key.removeprefix('map.'): tensor for key, tensor in known.items()})
+    if view.map.weight is not None:
+        view.map.weight.enabled = True
 
 
 @torch.no_grad()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,10 +16,11 @@ from gplq.batches import Forward, default_forward, rereadable
 from gplq.column_statistics import ColumnStatistics, observe_columns
 from gplq.compensation import compensate
 from gplq.errors import StageError
+from gplq.journal import Journal, fingerprint
 from gplq.layernorm_folding import fold_into_layernorms
 from gplq.progress import Progress, no_progress
 from gplq.record import Stage, named_quantizers, record_of, weight_views
-from gplq.rounding import round_view
+from gplq.rounding import once, round_view
 from gplq.spec import FLOAT_BITS
 from gplq.trace import evaluating
 
@@ -31,6 +35,7 @@ def quantize_weights(
     *,
     forward: Forward = default_forward,
     progress: Progress = no_progress,
+    journal: str | os.PathLike[str] | None = None,
 ) -> None:
     """Round every targeted weight; cannot be undone.
 
@@ -44,6 +49,8 @@ def quantize_weights(
             nothing and quantizes no activation.
         forward: runs one batch.
         progress: wraps an iterable to show how far it is.
+        journal: folder in which every finished layer and block is kept; a call that starts from the same model and
+            finds it there goes on behind them.
 
     Raises:
         StageError: if activations are not calibrated.
@@ -67,6 +74,7 @@ def quantize_weights(
         )
     batches = None if batches is None else rereadable(batches, recipe.calibration_samples)
     reference = None
+    kept = None if journal is None else Journal(Path(journal), fingerprint(model, record.plan.to_json()))
     with evaluating(model):
         statistics: dict[str, ColumnStatistics] = {}
         if pending and batches is not None:
@@ -75,9 +83,10 @@ def quantize_weights(
             if recipe.uses_statistics:
                 statistics = observe_columns(model, batches, forward, progress)
         for _, view in progress(pending, 'round weights'):
-            round_view(view, recipe, statistics.pop(view.name, None))
+            found = statistics.pop(view.name, None)
+            once(kept, 'round', view, partial(round_view, view, recipe, found))
         if reference is not None and batches is not None:
-            compensate(model, reference, batches, forward, progress)
+            compensate(model, reference, batches, forward, progress, kept)
         if recipe.fold_layernorm and pending:
             count = fold_into_layernorms(model)
             _log.info('input scales moved into %d LayerNorms', count)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gplq.distributed import maximum, minimum, total, world_size
 from gplq.errors import CalibrationError
 from gplq.spec import QuantizerSpec
 
@@ -61,6 +62,25 @@ class Observer(ABC):
         self.high = high if self.high is None else torch.maximum(self.high, high)
         self.elements += groups.shape[1]
         self._collect(groups.float())
+
+    def pool(self, groups: int, device: torch.device) -> None:
+        """Take in what the other ranks have observed; ``groups`` and ``device`` are those of the tensors.
+
+        A rank that was shown nothing joins as well: all must call this alike.
+        """
+        if world_size() == 1:
+            return
+        low = torch.full((groups,), torch.inf, device=device) if self.low is None else self.low
+        high = torch.full((groups,), -torch.inf, device=device) if self.high is None else self.high
+        low, high = minimum(low), maximum(high)
+        self.elements = int(total(torch.tensor(self.elements, dtype=torch.long, device=device)))
+        if self.elements:
+            self.low, self.high = low, high
+        self._pool(groups, device)
+
+    @abstractmethod
+    def _pool(self, groups: int, device: torch.device) -> None:
+        """The same for what :meth:`_collect` has kept."""
 
     @property
     def seen(self) -> Range:

@@ -24,6 +24,9 @@ class MSEObserver(Observer):
     def _collect(self, groups: Tensor) -> None:
         self._sample.add(groups)
 
+    def _pool(self, groups: int, device: torch.device) -> None:
+        self._sample.pool(groups, device)
+
     def range(self) -> Range:
         return self.seen
 

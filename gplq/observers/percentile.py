@@ -25,6 +25,9 @@ class PercentileObserver(Observer):
     def _collect(self, groups: Tensor) -> None:
         self._sample.add(groups)
 
+    def _pool(self, groups: int, device: torch.device) -> None:
+        self._sample.pool(groups, device)
+
     def range(self) -> Range:
         quantiles = torch.tensor([1 - self.percentile, self.percentile], device=self.seen.low.device)
         low, high = torch.quantile(self._sample.matrix(), quantiles, dim=1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gplq.distributed import gather_columns, world_size
+
 __all__ = ['ColumnSample']
 
 
@@ -33,6 +35,12 @@ class ColumnSample:
             fresh = self._choose(matrix, max(1, self.limit // self._shown, self.limit - self._kept.shape[1]))
             old = self._choose(self._kept, self.limit - fresh.shape[1])
             self._kept = torch.cat([old, fresh], dim=1)
+
+    def pool(self, rows: int, device: torch.device) -> None:
+        """Make room for the other ranks' samples and take them in; the same ones lie in the same order everywhere."""
+        kept = torch.empty(rows, 0, device=device) if self._kept is None else self._kept
+        pooled = gather_columns(self._choose(kept, self.limit // world_size()).contiguous())
+        self._kept = pooled if pooled.numel() else None
 
     def _choose(self, matrix: Tensor, count: int) -> Tensor:
         columns = matrix.shape[1]

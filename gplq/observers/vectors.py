@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from gplq.observers.base import Observer, Range
@@ -19,6 +20,9 @@ class VectorObserver(Observer):
 
     def _collect(self, groups: Tensor) -> None:
         self._sample.add(groups)
+
+    def _pool(self, groups: int, device: torch.device) -> None:
+        self._sample.pool(groups, device)
 
     def range(self) -> Range:
         return self.seen

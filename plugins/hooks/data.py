@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from mmengine.config import ConfigDict
 from mmengine.dataset import pseudo_collate
+from mmengine.dist import get_rank, get_world_size
 from mmengine.registry import DATASETS, FUNCTIONS
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader, Subset
@@ -46,8 +47,11 @@ def calibration_loader(runner: Runner, settings: HookSettings, samples: int) -> 
     # Where only the training's random pipeline is there, every reading of a sample is still the same.
     fixed = ReplayDataset(dataset)
     fixed.seed(settings.seed)
+    chosen = order[:samples].tolist()
+    # Every rank takes its share; where there are fewer images than ranks, some take one that another has too.
+    share = chosen[get_rank() :: get_world_size()] or chosen[:1]
     return DataLoader(
-        Subset(fixed, [Draw(0, number) for number in order[:samples].tolist()]),  # type: ignore[arg-type]
+        Subset(fixed, [Draw(0, number) for number in share]),  # type: ignore[arg-type]
         batch_size=settings.calibration_batch_size or int(config.get('batch_size', 1)),
         collate_fn=_collate(config.get('collate_fn')),
         num_workers=0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from gplq.serialization import save
 from gplq.weight_stage import quantize_weights
 
 __all__ = ['WeightPTQHook']
+
+JOURNAL = 'gplq_weight_stage'
 
 
 @HOOKS.register_module()
@@ -88,6 +91,7 @@ class WeightPTQHook(Hook):
                 self._activations.loader(runner, recipe.calibration_samples),
                 forward=self._activations.forward(model),
                 progress=logged_progress,
+                journal=Path(runner.work_dir, JOURNAL),
             )
         synchronize(model)
         minutes = (time.monotonic() - began) / 60
@@ -105,4 +109,5 @@ class WeightPTQHook(Hook):
         )
         if is_main_process():
             save(model, artifact)
+            shutil.rmtree(Path(runner.work_dir, JOURNAL), ignore_errors=True)
         self._activations.report.add(runner, step, metrics, minutes, checkpoint=str(checkpoint), artifact=str(artifact))

@@ -75,11 +75,11 @@ class ToyBackbone(BaseModule):
 
 @MODELS.register_module()
 class ToyClassifier(BaseModel):
-    def __init__(self, width: int = 16, depth: int = 2, dropout: float = 0.0) -> None:
+    def __init__(self, width: int = 16, depth: int = 2, dropout: float = 0.0, norm: bool = True) -> None:
         super().__init__(data_preprocessor=ImgDataPreprocessor())
         self.dropout = nn.Dropout(dropout)
         self.backbone = ToyBackbone(width, depth)
-        self.neck = nn.BatchNorm2d(width)
+        self.neck = nn.BatchNorm2d(width) if norm else nn.Identity()
         self.head = nn.Linear(width, CLASSES)
 
     def logits(self, inputs: Tensor) -> Tensor:
