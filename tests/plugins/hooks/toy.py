@@ -75,10 +75,12 @@ class ToyBackbone(BaseModule):
 
 @MODELS.register_module()
 class ToyClassifier(BaseModel):
-    def __init__(self, width: int = 16, depth: int = 2, dropout: float = 0.0, norm: bool = True) -> None:
+    def __init__(
+        self, width: int = 16, depth: int = 2, dropout: float = 0.0, norm: bool = True, drop_path: float = 0.2
+    ) -> None:
         super().__init__(data_preprocessor=ImgDataPreprocessor())
         self.dropout = nn.Dropout(dropout)
-        self.backbone = ToyBackbone(width, depth)
+        self.backbone = ToyBackbone(width, depth, drop_path)
         self.neck = nn.BatchNorm2d(width) if norm else nn.Identity()
         self.head = nn.Linear(width, CLASSES)
 
