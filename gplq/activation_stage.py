@@ -168,7 +168,7 @@ def train_activations(
 
     Raises:
         TrainingError: if a loss or gradient is not finite; weights and running statistics are those before that
-            step. Also if the loader is empty, or can be read less often than needed.
+            step. Also if the loader is empty or can be read less often than needed, or weights are in half precision.
         StageError: if the teacher is quantized, or is the model itself.
         RecipeError: if there is neither a task loss nor a teacher, or nothing to do.
     """
@@ -186,6 +186,7 @@ def train_activations(
             f'the training loader is a {type(loader).__name__}, which can be read once; it is read {passes} times, '
             "a teacher's PCA included: pass a DataLoader or a list"
         )
+    _check_precision(model)
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(parameter_groups(model, stage), lr=stage.lr, betas=(0.9, 0.999))
     with ExitStack() as stack:
@@ -211,6 +212,15 @@ def train_activations(
                 statistics.restore()
                 raise
             optimizer.step()
+
+
+def _check_precision(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            raise TrainingError(
+                f'{name} is {parameter.dtype}, in which steps this small vanish: call model.float() and train under '
+                'torch.autocast'
+            )
 
 
 def _check_teacher(model: nn.Module, teacher: nn.Module) -> None:

@@ -135,7 +135,7 @@ def _settle_input(
     if not isinstance(observer, VectorObserver):
         _settle(quantizer, spec, observer, samples)
         return
-    found = search_input_scale(observer.vectors(), observer.seen, view.matrix(), spec, plan.weight_bits, recipe)
+    found = search_input_scale(observer.vectors(), observer.seen, view.matrix().float(), spec, plan.weight_bits, recipe)
     _log.debug('%s: exponent %g, clip %g, balanced %s', name, found.exponent, found.clip, found.balanced)
     quantizer.initialize(found.scale, found.offset, signed=bool(spec.signed), elements=observer.elements / samples)
 

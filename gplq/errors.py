@@ -39,7 +39,7 @@ class StageError(GPLQError):
 
 
 class TrainingError(GPLQError):
-    """The activation stage has no batches, or met a loss or gradient that is not finite."""
+    """The activation stage cannot train: no batches, half precision, or a loss or gradient that is not finite."""
 
 
 class CheckpointError(GPLQError):

@@ -16,7 +16,7 @@ __all__ = ['dequantize', 'fake_quantize', 'quantize']
 def quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, offset: Tensor | None = None) -> Tensor:
     """Codes ``clamp(round(x / scale - offset), qmin, qmax)`` (GPLQ eq. 1; halves go to even).
 
-    Shapes: ``x`` any; ``scale`` and ``offset`` broadcast against it. Codes keep the dtype of ``x``.
+    Shapes: ``x`` any; ``scale`` and ``offset`` broadcast against it. Codes have the dtype of ``x / scale``.
     """
     steps = x / scale
     if offset is not None:
@@ -68,8 +68,8 @@ def fake_quantize(
         scale_gradient: LSQ's factor ``g`` on the gradients of scale and offset (Esser et al. 2020, sec. 2.2).
 
     Returns:
-        The quantized values, shape and dtype of ``x``; computed in at least FP32, since bfloat16 cannot tell
-        neighboring 8-bit codes apart.
+        The quantized values, shape and dtype of ``x``; computed in the dtype of ``scale``. Quantizers keep that in
+        FP32 whatever the model is cast to, since bfloat16 cannot tell neighboring 8-bit codes apart.
     """
     result: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
         x, scale, offset, (qmin, qmax), scale_gradient

@@ -23,7 +23,7 @@ class Grid(NamedTuple):
 
 
 def steps_of(x: Tensor, grid: Grid) -> Tensor:
-    """``x / scale - offset`` in memory of its own, in FP32 at least."""
+    """``x / scale - offset`` in memory of its own, in the dtype of the scale."""
     # Memory that is written for the first time costs more than the arithmetic: what can be is done in place.
     steps = x / grid.scale if x.dtype == grid.scale.dtype else x.to(grid.scale.dtype).div_(grid.scale)
     return steps if grid.offset is None else steps.sub_(grid.offset)

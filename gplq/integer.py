@@ -39,7 +39,7 @@ def integer_linear(view: WeightView, bias: Tensor | None = None) -> IntegerLinea
     """Constants of a rounded linear map; ``bias`` stands in for the layer's own where a parent passes one.
 
     Raises:
-        StageError: if the weight is not rounded yet or the input is in floating point.
+        StageError: if the weight is not rounded yet, was changed since, or the input is in floating point.
         TargetError: if scales are not folded, so that no integer product exists.
     """
     quantizer, weight = view.map.input, view.map.weight
@@ -49,20 +49,15 @@ def integer_linear(view: WeightView, bias: Tensor | None = None) -> IntegerLinea
         raise TargetError(
             f'{view.name}: its input has a scale a channel that is not folded (fold=False); no integer product exists'
         )
-    matrix = view.matrix()
-    columns = matrix.shape[1]
-    column_scale = view.map.column_scale.expand(columns)
-    codes = weight.codes(matrix, column_scale)
-    drift = (weight.restore(codes, column_scale) - matrix).abs().max()
-    if float(drift) > 1e-4 * float(matrix.abs().max()):
-        raise StageError(f'{view.name}: the weight was changed after quantize_weights and is no longer on its grid')
+    codes = view.codes()
     scale = weight.scale if weight.folded else weight.scale * quantizer.scale.reshape(-1)[0]
     own = view.bias_vector() if bias is None else bias
-    total = torch.zeros_like(scale) if own is None else own.clone()
+    total = torch.zeros_like(scale) if own is None else own.to(scale)
     if view.map.corrected:
-        total += view.map.bias_correction
+        total = total + view.map.bias_correction
     if quantizer.offset is not None:
-        total += matrix @ (quantizer.scale * quantizer.offset).expand(columns)
+        matrix = view.matrix().to(scale)
+        total = total + matrix @ (quantizer.scale * quantizer.offset).expand(matrix.shape[1])
     return IntegerLinear(codes.to(torch.int64), scale, weight.zero_point, total)
 
 

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from gplq.functional import fake_quantize, quantize
 from gplq.grid import Grid
 from gplq.observers import Observer
+from gplq.single_precision import SinglePrecision
 from gplq.spec import QuantizerSpec
 
 __all__ = ['Quantizer']
 
 
-class Quantizer(nn.Module):
+class Quantizer(SinglePrecision):
     """Quantizes one site; passes values through until it is calibrated and ``enabled``.
 
     The scale is kept as its logarithm, so that one learning rate moves scales of 0.001 and of 10 by the same

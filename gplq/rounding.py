@@ -56,7 +56,8 @@ def round_view(
     quantizer = view.map.weight
     assert quantizer is not None
     bits = quantizer.spec.bits
-    exact = (view.matrix() if matrix is None else matrix).clone()
+    # In FP32 whatever the model is in: a saved file restores these values from codes and FP32 scales.
+    exact = (view.matrix() if matrix is None else matrix).float().clone()
     column_scale = view.map.column_scale.expand(exact.shape[1])
     folded = exact * column_scale
     importance = None if statistics is None else statistics.mean_square / column_scale.square()

@@ -98,6 +98,8 @@ def _enter_stage(model: nn.Module, stage: Stage, corrected: list[str]) -> None:
         view.map.corrected = view.name in corrected
         if view.map.weight is not None:
             view.map.weight.enabled = stage is Stage.QUANTIZED
+            if stage is Stage.QUANTIZED:
+                view.freeze()
 
 
 def _parse(description: dict[str, str]) -> tuple[Stage, Plan, list[str], list[str]]:
@@ -136,7 +138,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     The file is complete or absent: it is written beside its place and moved there.
 
     Raises:
-        StageError: if the weights are not quantized.
+        StageError: if the weights are not quantized, or were changed since.
     """
     record = record_of(model)
     if record.stage is not Stage.QUANTIZED:
@@ -146,8 +148,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         weight = view.map.weight
         if weight is None or plan.weight_bits == FLOAT_BITS:
             continue
-        matrix = view.matrix()
-        codes = weight.codes(matrix, view.map.column_scale.expand(matrix.shape[1])).cpu()
+        codes = view.codes().cpu()
         key = f'{plan.name}.{view.parameter}'
         tensors.pop(key, None)
         suffix = '' if view.rows is None else f'.{plan.kind}'
@@ -218,7 +219,7 @@ def _read(model: nn.Module, file: Any, path: Path) -> dict[str, Tensor]:
             {n.removeprefix(f'{prefix}.'): t for n, t in tensors.items() if n.startswith(f'{prefix}.')}
         )
         column_scale = view.map.column_scale.expand(matrix.shape[1])
-        values = weight.restore(codes.reshape(matrix.shape).to(matrix), column_scale)
+        values = weight.restore(codes.reshape(matrix.shape).to(column_scale), column_scale)
         target = state[f'{plan.name}.{view.parameter}']
         rows = slice(None) if view.rows is None else slice(view.first_row, view.first_row + view.rows)
         target[rows] = values.reshape(target[rows].shape)

@@ -40,8 +40,9 @@ def quantize_weights(
     """Round every targeted weight; cannot be undone.
 
     Activation quantizers are frozen first. Each weight is rounded with its input's scales folded in, per output
-    channel (GPLQ sec. 3.2.2), so that the integer product of the codes is the product that was evaluated. Then
-    the recipe's compensation is fitted to the outputs of the model before rounding.
+    channel (GPLQ sec. 3.2.2), so that the integer product of the codes is the product that was evaluated; then it
+    is frozen, too, because an optimizer would move it off its grid. Last, the recipe's compensation is fitted to
+    the outputs of the model before rounding.
 
     Args:
         model: calibrated, and usually trained by the activation stage.
@@ -90,4 +91,6 @@ def quantize_weights(
         if recipe.fold_layernorm and pending:
             count = fold_into_layernorms(model)
             _log.info('input scales moved into %d LayerNorms', count)
+    for _, view in pending:
+        view.freeze()
     record.stage = Stage.QUANTIZED

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from gplq.single_precision import SinglePrecision
 from gplq.spec import QuantizerSpec
 
 __all__ = ['WeightQuantizer', 'WeightScales', 'choose_weight_scales', 'restore_weight', 'round_weight']
@@ -102,7 +103,7 @@ def _row_quantile(weight: Tensor, p: float) -> Tensor:
     return torch.quantile(weight, p, dim=1)
 
 
-class WeightQuantizer(nn.Module):
+class WeightQuantizer(SinglePrecision):
     """Scales of one weight matrix and the rounding itself; empty until the weight stage.
 
     The layer's own parameter then holds the rounded values, so every FP32 key keeps its meaning; the codes
@@ -147,5 +148,5 @@ class WeightQuantizer(nn.Module):
         return restore_weight(codes, self.scales) / column_scale
 
     def codes(self, weight: Tensor, column_scale: Tensor) -> Tensor:
-        """Integer codes, as floats, of a matrix that :meth:`keep` returned."""
-        return round_weight(weight * column_scale, self.scales, self.spec.bits)
+        """Integer codes, as FP32, of a matrix that :meth:`keep` returned, whatever it was cast to since."""
+        return round_weight(weight.float() * column_scale, self.scales, self.spec.bits)

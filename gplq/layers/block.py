@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from gplq.quantizer import Quantizer
+from gplq.single_precision import SinglePrecision
 from gplq.spec import QuantizerSpec
 
 __all__ = ['CompensatedBlock', 'LinearCompensation']
 
 
-class LinearCompensation(nn.Module):
+class LinearCompensation(SinglePrecision):
     """``x @ matrix + bias`` on integers: QwT (eq. 3) with input and matrix quantized.
 
     The input has one scale a channel, folded into the matrix before that is rounded; the matrix has one scale
@@ -49,7 +50,8 @@ class LinearCompensation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., channels) -> (..., channels)``."""
-        y: Tensor = (self.input.codes(x) @ self.codes.to(x.dtype)) * self.scale + self.bias
+        codes = self.input.codes(x)
+        y: Tensor = (codes @ self.codes.to(codes.dtype)) * self.scale + self.bias
         return y.to(x.dtype)
 
 

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gplq.errors import StageError
 from gplq.quantized_linear import quantized_linear
 from gplq.quantizer import Quantizer
+from gplq.single_precision import SinglePrecision
 from gplq.weights import WeightQuantizer
 
 __all__ = ['LinearMap', 'WeightView']
 
 
-class LinearMap(nn.Module):
+class LinearMap(SinglePrecision):
     """Quantizes the input of a linear map and keeps what the weight stage decides about its weight.
 
     Args:
@@ -101,6 +103,32 @@ class WeightView:
         """Put values ``(rows, columns)`` into the parameter."""
         weight = self._slice()
         weight.copy_(matrix.reshape(weight.shape))
+
+    def freeze(self) -> None:
+        """Keep optimizers from moving the parameter."""
+        getattr(self.owner, self.parameter).requires_grad_(False)
+
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """Integer codes, as FP32, of a rounded weight ``(rows, columns)``.
+
+        Raises:
+            StageError: if the weight is no longer what the weight stage made of it, but for a cast.
+        """
+        quantizer = self.map.weight
+        assert quantizer is not None and quantizer.enabled
+        matrix = self.matrix()
+        column_scale = self.map.column_scale.expand(matrix.shape[1])
+        codes = quantizer.codes(matrix, column_scale)
+        restored = quantizer.restore(codes, column_scale).to(matrix.dtype)
+        # Another device may compute the last bits otherwise.
+        precision = torch.finfo(matrix.dtype)
+        if not torch.allclose(restored, matrix, rtol=max(1e-5, precision.eps), atol=precision.tiny):
+            raise StageError(
+                f'{self.name}: the weight was changed after quantize_weights and is no longer on its grid: '
+                'train before quantize_weights, and start again from the checkpoint of the activation stage'
+            )
+        return codes
 
     def _slice(self) -> Tensor:
         """The parameter, or the rows of it that are this map's; shares its memory."""

@@ -350,3 +350,19 @@ def test_length(epoch: int, full: int, expected: int) -> None:
 def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=next(iter(wrong))):
         gplq.ActivationStage(**wrong)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_refused(
+    toy_vit: Callable[..., nn.Module], images: Tensor, dtype: torch.dtype
+) -> None:
+    """A step of 5e-6 would be lost in them, and with it the stage, silently."""
+    model, images = toy_vit(depth=1).to(dtype), images.to(dtype)
+    gplq.prepare(model, 'w4a4', images[:2])
+    gplq.calibrate(model, [images])
+    with pytest.raises(TrainingError, match=r'model\.float\(\).*autocast'):
+        gplq.train_activations(model, labelled(images), stage=FAST)
+    model.float()
+    before = model.head.weight.detach().clone()
+    gplq.train_activations(model, labelled(images.float()), stage=FAST)
+    assert not torch.equal(model.head.weight, before)
