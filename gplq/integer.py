@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -95,8 +96,20 @@ def _convolution(layer: QuantizedConv2d, constants: IntegerLinear, codes: Tensor
 
 
 @torch.no_grad()
-def product_from_codes(product: QuantizedProduct, left: Tensor, right: Tensor) -> Tensor:
-    """A product ``(..., n, k) @ (..., k, m)`` from the codes of its operands; scales multiply the result.
+def product_from_codes(
+    product: QuantizedProduct,
+    left: Tensor,
+    right: Tensor,
+    multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+) -> Tensor:
+    """A product from the codes of its operands; scales multiply the result.
+
+    Args:
+        product: its quantizers.
+        left: ``(..., n, k)``.
+        right: ``(..., k, m)``.
+        multiply: the model's own operation where that is no matrix product, such as an einsum; its operands have one
+            scale each.
 
     Raises:
         TargetError: if a scale runs along the summed axis, so that it cannot leave the product.
@@ -106,7 +119,7 @@ def product_from_codes(product: QuantizedProduct, left: Tensor, right: Tensor) -
         shape = _broadcast_shape(quantizer, x)
         if shape[axis] > 1:
             raise TargetError(f'a scale of shape {quantizer.shape} runs along the summed axis of a product')
-    codes = quantize_left.codes(left).to(torch.int64) @ quantize_right.codes(right).to(torch.int64)
+    codes = multiply(quantize_left.codes(left).to(torch.int64), quantize_right.codes(right).to(torch.int64))
     scale = quantize_left.scale_over(left.shape[0]).double() * quantize_right.scale_over(right.shape[0]).double()
     return (codes.double() * scale).to(left.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -161,7 +162,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Turn a fresh FP32 model into the quantized one that :func:`save` wrote, and return it.
 
-    Nothing in the file is executed. Its shapes are checked against the model before a tensor is read.
+    Nothing in the file is executed. Its shapes are checked against the model before a tensor is read, and a file that
+    is refused leaves the model as it was.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or belongs to another architecture.
@@ -169,14 +171,24 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f'{path} does not exist')
+    trial = _outline(model)
     try:
         with safe_open(path, framework='pt') as file:
-            restore(model, file.metadata() or {})
-            tensors = _read(model, file, path)
+            description = file.metadata() or {}
+            restore(trial, description)
+            tensors = _read(trial, file, path)
     except SafetensorError as error:
         raise CheckpointError(f'{path} is not a readable safetensors file ({error}): it may be truncated') from None
+    restore(model, description)
     model.load_state_dict(tensors)
     return model
+
+
+def _outline(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares the memory of every parameter and buffer with ``model``."""
+    known: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    known |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, known)
 
 
 def _read(model: nn.Module, file: Any, path: Path) -> dict[str, Tensor]:

@@ -399,3 +399,15 @@ def test_blocks_have_their_channels_last() -> None:
     assert gplq.prepare(nn.Sequential(OnMaps(False)), 'w4a4', maps).blocks == ()
     with pytest.raises(RecipeError, match=r"such as 0, run on feature maps .* use 'ridge' or 'affine'"):
         gplq.prepare(nn.Sequential(OnMaps(False)), gplq.Recipe.paper(4, 4), maps)
+
+
+@pytest.mark.parametrize(('bits', 'first_last', 'expected'), [(4, 8, 8), (8, 4, 8), (32, 8, 32), (3, 3, 3)])
+def test_first_and_last_layer_have_the_larger_bits(
+    toy_vit: Callable[..., nn.Module], images: Tensor, bits: int, first_last: int, expected: int
+) -> None:
+    plan = gplq.prepare(toy_vit(depth=1), gplq.Recipe.gplq(bits, 4, first_last_bits=first_last), images[:2])
+    weights = {a_map.name: a_map.weight_bits for a_map in plan.maps}
+    assert (weights['patch_embed'], weights['head'], weights['blocks.0.fc1']) == (expected, expected, bits)
+    inputs = {a_map.name: a_map.input.spec.bits for a_map in plan.maps if a_map.input is not None}
+    larger = max(4, first_last)
+    assert (inputs['patch_embed'], inputs['head'], inputs['blocks.0.fc1']) == (larger, larger, 4)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import gplq
 from gplq import integer
 from gplq.errors import CalibrationError, CheckpointError, GPLQError, StageError, TargetError
-from gplq.record import named_products, weight_views
+from gplq.record import is_prepared, named_products, weight_views
 
 Make = Callable[..., nn.Module]
 QUICK: dict[str, Any] = {'exponents': (0.0, 0.5, 1.0), 'clips': (1.0, 0.7)}
@@ -253,10 +253,22 @@ def test_the_recipe_travels(saved: Path) -> None:
     assert gplq.Recipe.from_dict(values) == recipe(compensation='none')
 
 
-def test_loading_touches_no_other_architecture(toy_vit: Make, saved: Path) -> None:
-    for other in (toy_vit(depth=2), toy_vit(width=32, depth=1), nn.Linear(3, 3)):
+def check_untouched(model: nn.Module, expected: nn.Module, x: Tensor) -> None:
+    assert not is_prepared(model)
+    assert [type(module) for module in model.modules()] == [type(module) for module in expected.modules()]
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == {
+        name: p.requires_grad for name, p in expected.named_parameters()
+    }
+    with torch.no_grad():
+        assert torch.equal(model(x), expected(x))
+
+
+def test_loading_touches_no_other_architecture(toy_vit: Make, images: Tensor, saved: Path) -> None:
+    for other in (toy_vit(depth=2), toy_vit(width=32, depth=1), nn.Sequential(nn.Flatten(), nn.Linear(768, 3))):
+        expected = copy.deepcopy(other)
         with pytest.raises(CheckpointError):
             gplq.load(other, saved)
+        check_untouched(other, expected, images)
 
 
 @pytest.mark.parametrize('share', [0.0, 0.01, 0.5, 0.99])
@@ -366,8 +378,14 @@ def _blocks(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         _blocks,
     ],
 )
-def test_damaged_files(toy_vit: Make, saved: Path, change: Callable[..., None]) -> None:
+def test_damaged_files(toy_vit: Make, images: Tensor, saved: Path, change: Callable[..., None]) -> None:
+    sound = saved.read_bytes()
     rewritten(saved, change)
+    model = toy_vit(depth=1)
     with pytest.raises(GPLQError) as error:
-        gplq.load(toy_vit(depth=1), saved)
+        gplq.load(model, saved)
     assert isinstance(error.value, CheckpointError)
+    check_untouched(model, toy_vit(depth=1), images)
+    # And can still be given the file as it was.
+    saved.write_bytes(sound)
+    gplq.load(model, saved)
