@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from gplq.progress import Progress, no_progress
 from gplq.quantizer import Quantizer
 from gplq.record import Stage, named_quantizers, record_of
 from gplq.running_statistics import RunningStatistics
+from gplq.typecheck import check_types
 from gplq.weights import WeightQuantizer
 
 __all__ = [
@@ -59,10 +60,15 @@ class ActivationStage:
     pca_samples: int = 512
 
     def __post_init__(self) -> None:
+        check_types(vars(self), get_type_hints(ActivationStage))
         for name in ('lr', 'scale_lr', 'weight_decay', 'mimicking_weight'):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise RecipeError(f'{name}={value} must be finite and not negative')
+        if self.rank is not None and self.rank < 1:
+            raise RecipeError(f'rank={self.rank} must be at least 1')
+        if not 0 < self.explained_variance <= 1:
+            raise RecipeError(f'explained_variance={self.explained_variance} must be in (0, 1]')
         if self.pca_samples < 1:
             raise RecipeError(f'pca_samples={self.pca_samples} must be at least 1')
 

@@ -93,7 +93,8 @@ def _check_unchanged(model: nn.Module, expected: Any, found: Any) -> None:
         scale = before.abs().max().clamp(min=1e-6)
         if not torch.isfinite(before).all():
             raise CalibrationError("the model's output for the example is not finite")
-        if float((before - after).abs().max() / scale) > 1e-3:
+        # Half precision adds up in another order, so a few of its steps are no sign of anything.
+        if float((before - after).abs().max() / scale) > max(1e-3, 8 * torch.finfo(before.dtype).eps):
             raise ProductError(
                 f"{type(model).__name__} computes something else once its layers are replaced: a layer's forward "
                 'differs from its class; name it in skip'

@@ -7,6 +7,7 @@ extra training, no quantizers) and with 4 bits. Prints a table, writes pictures 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -102,10 +103,12 @@ def computes_bfloat16() -> bool:
 
 def train_fp32(work: Path, epochs: int, options: dict[str, Any]) -> tuple[Path, float]:
     """Train, unless this has been done here already; give the checkpoint and the minutes it took."""
-    checkpoint, record = work / f'epoch_{epochs}.pth', work / 'minutes.json'
-    if record.is_file() and checkpoint.is_file():
+    checkpoint, record = work / f'epoch_{epochs}.pth', work / 'trained.json'
+    config = hashlib.sha256(str(Config.fromfile(FP32_CONFIG).to_dict()).encode()).hexdigest()
+    done = json.loads(record.read_text()) if record.is_file() and checkpoint.is_file() else {}
+    if done.get('config') == config:
         print(f'the FP32 detector is there already; remove {work} to train it again')
-        return checkpoint, float(json.loads(record.read_text()))
+        return checkpoint, float(done['minutes'])
     schedule = {
         'train_cfg.max_epochs': epochs,
         'train_cfg.val_interval': epochs,
@@ -114,7 +117,7 @@ def train_fp32(work: Path, epochs: int, options: dict[str, Any]) -> tuple[Path, 
         'default_hooks.checkpoint.interval': epochs,
     }
     minutes = run_tool('train.py', FP32_CONFIG, '--work-dir', work, options=options | schedule)
-    record.write_text(json.dumps(minutes))
+    record.write_text(json.dumps({'config': config, 'minutes': minutes}))
     return checkpoint, minutes
 
 

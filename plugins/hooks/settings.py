@@ -77,10 +77,6 @@ class HookSettings:
                 raise RecipeError(f'{name}={value} must be at least {least}')
         if self.example_size is not None and min(self.example_size) < 1:
             raise RecipeError(f'example_size={self.example_size} must be at least 1')
-        if self.stage.rank is not None and self.stage.rank < 1:
-            raise RecipeError(f'stage.rank={self.stage.rank} must be at least 1')
-        if not 0 < self.stage.explained_variance <= 1:
-            raise RecipeError(f'stage.explained_variance={self.stage.explained_variance} must be in (0, 1]')
         if self.keep_schedule and self.iterations:
             raise RecipeError(
                 f'keep_schedule=True leaves the length to the config, iterations={self.iterations} sets it: '

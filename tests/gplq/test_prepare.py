@@ -411,3 +411,8 @@ def test_first_and_last_layer_have_the_larger_bits(
     inputs = {a_map.name: a_map.input.spec.bits for a_map in plan.maps if a_map.input is not None}
     larger = max(4, first_last)
     assert (inputs['patch_embed'], inputs['head'], inputs['blocks.0.fc1']) == (larger, larger, 4)
+
+
+def test_half_precision_adds_up_in_another_order(toy_vit: Callable[..., nn.Module], images: Tensor) -> None:
+    model = toy_vit(fused=True).bfloat16()
+    assert gplq.prepare(model, 'w8a8', images[:2].bfloat16()).products
