@@ -208,15 +208,30 @@ class _ProductMode(TorchFunctionMode):
             return product(*operands, lambda left, right: torch.einsum(args[0], left, right))
         return product(*operands, torch.matmul)
 
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
         query_key, attention_value = self._next(), self._next()
-        if query_key is None and attention_value is None:
-            return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
         if query_key is not None and attention_value is not None:
-            if query_key.settled and attention_value.settled and _is_plain(*args, **kwargs):
-                return _fused(query_key, attention_value, query, key, value, *args, **kwargs)
+            settled = query_key.settled and attention_value.settled
+            additive = attn_mask is None or attn_mask.is_floating_point()
+            if settled and additive and dropout_p == 0 and not is_causal and not enable_gqa:
+                return _fused(query_key, attention_value, query, key, value, attn_mask, scale)
+        options: dict[str, Any] = dict(
+            attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        if query_key is None and attention_value is None:
+            return F.scaled_dot_product_attention(query, key, value, **options)
         return scaled_dot_product_parts(
-            _multiplier(query_key), _multiplier(attention_value), query, key, value, *args, **kwargs
+            _multiplier(query_key), _multiplier(attention_value), query, key, value, **options
         )
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -233,30 +248,16 @@ def _multiplier(product: QuantizedProduct | None) -> Callable[[Tensor, Tensor], 
     return lambda left, right: product(left, right, torch.matmul)
 
 
-def _is_plain(
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> bool:
-    """Whether an attention is no more than a softmax with an additive mask."""
-    additive = attn_mask is None or attn_mask.is_floating_point()
-    return additive and dropout_p == 0 and not is_causal and not enable_gqa
-
-
 def _fused(
     query_key: QuantizedProduct,
     attention_value: QuantizedProduct,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    mask: Tensor | None,
+    scale: float | None,
 ) -> Tensor:
+    """A softmax with no more than an additive mask, both of its products settled."""
     quantize_query, quantize_key = query_key.operands
     quantize_map, quantize_value = attention_value.operands
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -264,7 +265,7 @@ def _fused(
         query,
         key,
         value,
-        attn_mask,
+        mask,
         (
             quantize_query.grid(query),
             quantize_key.grid(key),

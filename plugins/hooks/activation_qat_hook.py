@@ -214,10 +214,11 @@ class ActivationQATHook(Hook):
         if not self.settings.trains or self.settings.stage.mimicking_weight == 0:
             return
         if resumed:
-            mimicking = resume_mimicking(runner, self.settings, self._resumed['teacher'])
+            self._teacher = self._resumed['teacher']
+            mimicking = resume_mimicking(runner, self.settings, self._teacher)
         else:
             mimicking = make_mimicking(runner, self.settings, self.loader(runner, self.settings.stage.pca_samples))
-        self._teacher = teacher_hash(runner)
+            self._teacher = teacher_hash(runner)
         self._attached.enter_context(mimicking.attached())
         if self.settings.label_free:
             model.loss = LabelFreeLoss(part_of(model, self.settings), mimicking)  # type: ignore[assignment]
