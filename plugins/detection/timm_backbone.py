@@ -1,9 +1,11 @@
 """Any timm model with feature maps as a backbone for mmdet."""
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor
 
@@ -11,7 +13,10 @@ if importlib.util.find_spec('timm') is None:
     raise ImportError("TimmBackbone needs timm: pip install 'timm>=1.0'")
 
 import timm
+from timm.layers import resize_rel_pos_bias_table
 from timm.layers.format import Format
+
+from .pretrained import fit_backbone_state, read_state_dict
 
 __all__ = ['TimmBackbone']
 
@@ -22,6 +27,10 @@ class TimmBackbone(BaseModule):
     `out_indices` counts the model's stages, or for a plain ViT its blocks. Options of the model go into
     `model_args`, for example `dict(img_size=(800, 1344))`. The number of channels of each map is in
     `channels`.
+
+    `pretrained=True` fetches the weights that timm has of it; `init_cfg=dict(type='Pretrained', checkpoint=PATH)`
+    starts from a timm classifier's or a detector's weights in a file, `.safetensors` or `.pth`, which is read when
+    the weights are initialized, so that a detector can be built without it.
 
     Images (N, 3, H, W) -> one map (N, channels[i], H_i, W_i) per index.
     """
@@ -53,11 +62,34 @@ class TimmBackbone(BaseModule):
 
     def init_weights(self) -> None:
         # timm has initialized or loaded the model when it made it.
-        if self.init_cfg is not None:
+        if self.init_cfg is None:
+            return
+        if self.init_cfg['type'] != 'Pretrained':
             super().init_weights()
+            return
+        source = self.init_cfg['checkpoint']
+        own = self.model.state_dict()
+        names = {_flat(name): name for name in own}
+        state = {names.get(_flat(name), name): value for name, value in read_state_dict(source).items()}
+        state = {name: _with_windows_of(own, name, value) for name, value in state.items()}
+        self.model.load_state_dict(fit_backbone_state(self.model, state, source))
+        print_log(f'TimmBackbone: {len(own)} tensors loaded from {source}', logger='current')
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         maps = self.model(x)
         if self.channels_last:
             return tuple(m.permute(0, 3, 1, 2).contiguous() for m in maps)
         return tuple(maps)
+
+
+def _flat(name: str) -> str:
+    """Name a tensor alike in a detector, a classifier and timm's feature model, whose `layers.0` is `layers_0`."""
+    return name.removeprefix('backbone.').removeprefix('model.').replace('.', '_')
+
+
+def _with_windows_of(own: dict[str, Tensor], name: str, value: Tensor) -> Tensor:
+    """Resize Swin's table of ((2 h - 1) (2 w - 1), heads) biases to the windows of this model, which are square."""
+    if not name.endswith('relative_position_bias_table') or name not in own or value.shape == own[name].shape:
+        return value
+    side = (math.isqrt(len(own[name])) + 1) // 2
+    return resize_rel_pos_bias_table(value, (side, side), tuple(own[name].shape))

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from gplq.plugins.detection import TimmBackbone
 
@@ -41,3 +46,49 @@ def test_plain_vit_at_another_size() -> None:
 def test_unknown_model_is_named_with_neighbors() -> None:
     with pytest.raises(ValueError, match="no model 'swin_huge'.*swin"):
         TimmBackbone('swin_huge')
+
+
+def saved_swin(path: Path, **changed: Any) -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    classifier = timm.create_model('swin_tiny_patch4_window7_224', num_classes=3, **{**SWIN, **changed})
+    save_file(classifier.state_dict(), path)
+    return classifier.state_dict()
+
+
+def test_weights_of_a_classifier_in_a_file_are_read_when_the_weights_are_initialized(tmp_path: Path) -> None:
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'swin.safetensors'))
+    # There is no such file yet.
+    backbone = TimmBackbone('swin_tiny_patch4_window7_224', model_args=SWIN, init_cfg=init_cfg)
+    state = saved_swin(tmp_path / 'swin.safetensors')
+    backbone.init_weights()
+    loaded = backbone.model.state_dict()
+    assert torch.equal(loaded['layers_2.blocks.1.mlp.fc1.weight'], state['layers.2.blocks.1.mlp.fc1.weight'])
+    assert torch.equal(loaded['patch_embed.proj.weight'], state['patch_embed.proj.weight'])
+
+
+def test_biases_of_other_windows_are_resized_as_timm_does(tmp_path: Path) -> None:
+    path = tmp_path / 'swin.safetensors'
+    saved_swin(path)
+    larger = {**SWIN, 'img_size': 128, 'window_size': 8}
+    init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    backbone = TimmBackbone('swin_tiny_patch4_window7_224', model_args=larger, init_cfg=init_cfg)
+    backbone.init_weights()
+    by_timm = timm.create_model(
+        'swin_tiny_patch4_window7_224',
+        features_only=True,
+        pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(path), num_classes=3),
+        **larger,
+    )
+    expected = by_timm.state_dict()
+    assert tuple(expected['layers_0.blocks.0.attn.relative_position_bias_table'].shape) == (225, 1)
+    assert all(torch.equal(value, expected[name]) for name, value in backbone.model.state_dict().items())
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / 'swin.safetensors'
+    saved_swin(path, depths=(1, 1, 1, 1))
+    init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    backbone = TimmBackbone('swin_tiny_patch4_window7_224', model_args=SWIN, init_cfg=init_cfg)
+    with pytest.raises(ValueError, match=r'swin.safetensors has no layers_2.blocks.1.*another architecture'):
+        backbone.init_weights()
