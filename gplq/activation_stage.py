@@ -238,6 +238,9 @@ def _check_teacher(model: nn.Module, teacher: nn.Module) -> None:
     shared = [name for name, parameter in teacher.named_parameters() if id(parameter) in own]
     if shared:
         raise StageError(f'teacher and model share {shared[0]}, which would be frozen in both: {remedy}')
+    name, side = feature_point(model)
+    if name not in dict(teacher.named_modules()):
+        raise StageError(f'the teacher ({type(teacher).__name__}) has no {name}, whose {side} is compared: {remedy}')
 
 
 @contextmanager

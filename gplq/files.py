@@ -18,9 +18,12 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None])
         write: writes all of it to the name that it is given.
 
     Raises:
+        IsADirectoryError: ``path`` is a folder.
         OSError: the disk is full or the folder cannot be written; what was there before stays.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f'{path} is a folder: give the name of a file in it')
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
     os.close(handle)

@@ -96,8 +96,10 @@ class _QuantizedAttention(torch.autograd.Function):
         bounds = grids[3][:2]
         y = value.new_empty(*query.shape[:-1], value.shape[-1])
         with torch.autocast(query.device.type, enabled=False):
+            blocked = _blocked(mask)
             for part in _parts(query, key):
-                attention = _attention(query[part], key[part], _masks(mask, index, part))
+                seen = _picked(mask, index, part), _picked(blocked, index, part)
+                attention = _attention(query[part], key[part], *seen)
                 codes = attention.div_(scale[part]).round_().clamp_(*bounds)
                 torch.bmm(codes.mul_(scale[part]).to(dtype), value[part], out=y[part])
         return y
@@ -118,8 +120,10 @@ class _QuantizedAttention(torch.autograd.Function):
         to_scale = torch.zeros_like(scale)
         bounds, factor = ctx.grids[3][:2], ctx.grids[3][2]
         with torch.autocast(query.device.type, enabled=False):
+            blocked = _blocked(mask)
             for part in _parts(query, key):
-                attention = _attention(query[part], key[part], _masks(mask, index, part))
+                seen = _picked(mask, index, part), _picked(blocked, index, part)
+                attention = _attention(query[part], key[part], *seen)
                 steps = attention / scale[part]
                 codes = steps.round().clamp_(*bounds)
                 at_map = torch.bmm(gradient[part], value[part].transpose(1, 2)).to(scale.dtype)
@@ -150,16 +154,19 @@ def _parts(query: Tensor, key: Tensor) -> list[slice]:
     return [slice(start, start + count) for start in range(0, query.shape[0], count)]
 
 
-def _masks(mask: Tensor | None, index: Tensor | None, part: slice) -> Tensor | None:
-    return None if mask is None or index is None else mask[index[part]]
+def _blocked(mask: Tensor | None) -> Tensor | None:
+    """Which queries may look at nothing, ``(masks, n, 1)``: they get nothing, as from torch's own kernels."""
+    return None if mask is None else mask.isneginf().all(dim=-1, keepdim=True)
 
 
-def _attention(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+def _picked(masks: Tensor | None, index: Tensor | None, part: slice) -> Tensor | None:
+    return None if masks is None or index is None else masks[index[part]]
+
+
+def _attention(query: Tensor, key: Tensor, mask: Tensor | None, blocked: Tensor | None) -> Tensor:
     """The FP32 attention maps ``(heads, n, m)`` of some heads."""
     scores = torch.bmm(query, key.transpose(1, 2))
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if mask is None:
+    if mask is None or blocked is None:
         return torch.softmax(scores, dim=-1)
-    scores = scores.add_(mask)
-    nothing = scores.isneginf().all(dim=-1, keepdim=True)
-    return torch.softmax(scores, dim=-1).masked_fill_(nothing, 0.0)
+    return torch.softmax(scores.add_(mask), dim=-1).masked_fill_(blocked, 0.0)

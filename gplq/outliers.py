@@ -43,7 +43,7 @@ def inject_outliers(
         TargetError: if a pair is no LayerNorm with an affine and a Linear of as many inputs.
     """
     generator = torch.Generator().manual_seed(seed)
-    count = 0
+    norms = changed = 0
     for norm_name, linear_name in readers:
         norm, linear = model.get_submodule(norm_name), model.get_submodule(linear_name)
         if not isinstance(norm, nn.LayerNorm) or norm.weight is None:
@@ -56,5 +56,5 @@ def inject_outliers(
         if norm.bias is not None:
             norm.bias[channels] *= factor
         linear.weight[:, channels] /= factor
-        count += 1
-    return OutlierCount(count, count * len(factors))
+        norms, changed = norms + 1, changed + len(channels)
+    return OutlierCount(norms, changed)

@@ -68,15 +68,18 @@ def scaled_dot_product_parts(
     if is_causal:
         causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~causal, float('-inf'))
+    blocked = None
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attn_mask, float('-inf'))
+            blocked = ~attn_mask.any(dim=-1, keepdim=True)
         else:
             scores = scores + attn_mask
+            blocked = attn_mask.isneginf().all(dim=-1, keepdim=True)
     attention = F.softmax(scores, dim=-1)
-    if attn_mask is not None:
+    if blocked is not None:
         # A query that may look at nothing gets nothing, as from the fused kernel.
-        attention = attention.masked_fill(scores.isneginf().all(dim=-1, keepdim=True), 0.0)
+        attention = attention.masked_fill(blocked, 0.0)
     if dropout_p > 0:
         attention = F.dropout(attention, dropout_p)
     return attention_value(attention, value)

@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 
 from gplq.errors import GPLQError
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
+from gplq.plugins.hooks.restore_hook import RestoreHook
 from gplq.plugins.preflight import preflight
 
 EXAMPLE = 'example: python tools/train.py configs/mask_rcnn_vit-tiny_nuclei.py --cfg-options data_root=PATH'
@@ -54,6 +55,7 @@ def main() -> None:
         cfg.load_from = None if args.resume == 'auto' else args.resume
     preflight(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(RestoreHook())
     runner.train()
 
 

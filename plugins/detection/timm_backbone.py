@@ -13,8 +13,8 @@ if importlib.util.find_spec('timm') is None:
     raise ImportError("TimmBackbone needs timm: pip install 'timm>=1.0'")
 
 import timm
-from timm.layers import resize_rel_pos_bias_table
 from timm.layers.format import Format
+from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 
 from .pretrained import fit_backbone_state, read_state_dict
 

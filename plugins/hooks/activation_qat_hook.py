@@ -21,7 +21,16 @@ from gplq.plugins.hooks.checkpoints import check_keys, check_source, complete, q
 from gplq.plugins.hooks.company import refuse_beside
 from gplq.plugins.hooks.data import calibration_loader
 from gplq.plugins.hooks.guard import StepGuard
-from gplq.plugins.hooks.model import PartForward, blank_forward, model_of, part_of, rewrap, synchronize, whole_forward
+from gplq.plugins.hooks.model import (
+    PartForward,
+    blank_forward,
+    model_of,
+    part_of,
+    rewrap,
+    synchronize,
+    trains,
+    whole_forward,
+)
 from gplq.plugins.hooks.progress import logged_progress
 from gplq.plugins.hooks.randomness import seeded
 from gplq.plugins.hooks.replay import Replay
@@ -76,7 +85,7 @@ class ActivationQATHook(Hook):
     def before_run(self, runner: Runner) -> None:
         refuse_beside(runner, self, ActivationQATHook)
         allow_mmengine_objects()
-        training = _trains(runner)
+        training = trains(runner)
         if self._done or runner._has_loaded and not training:
             return
         if runner._resume and not runner._load_from:
@@ -130,7 +139,7 @@ class ActivationQATHook(Hook):
         stage = record_of(model).stage
         check_keys(model, checkpoint, _source(runner), stage)
         complete(model, checkpoint, stage)
-        if not _trains(runner):
+        if not trains(runner):
             return
         if runner._resume and stage is not Stage.QUANTIZED:
             self._resumed = check_same_stage(checkpoint['meta'], self.settings)
@@ -141,11 +150,11 @@ class ActivationQATHook(Hook):
         if self.settings.trains and not runner._resume:
             raise CheckpointError(
                 f'{_source(runner)} has activation quantizers already ({stage.value}): go on with it by --resume, '
-                'quantize its weights by WeightPTQHook, or start from the FP32 checkpoint'
+                'quantize its weights by WeightPTQHook alone, without iterations, or start from the FP32 checkpoint'
             )
 
     def _check_fp32(self, runner: Runner, model: nn.Module, checkpoint: dict[str, Any]) -> None:
-        if not _trains(runner):
+        if not trains(runner):
             runner.logger.info('GPLQ: the checkpoint holds no quantized model; it is run in FP32')
         elif runner._resume:
             raise CheckpointError('the checkpoint to resume was not written by a run with this hook')
@@ -298,8 +307,3 @@ def _source(runner: Runner) -> str:
 
 def _inside_part(targets: tuple[str, ...], part: str) -> bool:
     return all(pattern == part or pattern.startswith(f'{part}.') for pattern in targets)
-
-
-def _trains(runner: Runner) -> bool:
-    """Whether this is `runner.train()`: a loop still described by a dict was not built."""
-    return runner._train_loop is not None and not isinstance(runner._train_loop, dict)

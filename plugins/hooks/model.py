@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from gplq.batches import to_device
-from gplq.errors import TargetError
+from gplq.errors import GPLQError, TargetError
 from gplq.plugins.hooks.settings import HookSettings
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     'preprocess',
     'rewrap',
     'synchronize',
+    'trains',
     'whole_forward',
 ]
 
@@ -30,6 +31,11 @@ __all__ = [
 def model_of(runner: Runner) -> nn.Module:
     """The user's model, without the wrapper of distributed training."""
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def trains(runner: Runner) -> bool:
+    """Whether this is `runner.train()`: a loop still described by a dict was not built."""
+    return runner._train_loop is not None and not isinstance(runner._train_loop, dict)
 
 
 def rewrap(runner: Runner) -> None:
@@ -85,12 +91,29 @@ def preprocess(model: nn.Module, batch: Any) -> dict[str, Any]:
 
 
 def blank_forward(model: nn.Module, settings: HookSettings) -> Callable[[nn.Module], Any]:
-    """A run of the part on blank images, in the size that it was made for."""
+    """A run of the part on blank images, in the size that it was made for.
+
+    The run raises:
+        TargetError: if the part does not take images of that size.
+    """
     part = part_of(model, settings)
     height, width = settings.example_size or _native_size(part)
     device = next(model.parameters()).device
     channels = next((m.in_channels for m in part.modules() if isinstance(m, nn.Conv2d)), 3)
-    return lambda m: getattr(m, settings.part)(torch.zeros(1, channels, height, width, device=device))
+    blank = torch.zeros(1, channels, height, width, device=device)
+
+    def forward(model: nn.Module) -> Any:
+        try:
+            return part_of(model, settings)(blank)
+        except GPLQError:
+            raise
+        except Exception as error:  # a part that takes something else can fail in any way
+            raise TargetError(
+                f'part={settings.part!r} ({type(part).__name__}) does not run on images of {tuple(blank.shape)} '
+                f'({type(error).__name__}: {error}): name the part that takes images, or set example_size'
+            ) from error
+
+    return forward
 
 
 def _native_size(part: nn.Module) -> tuple[int, int]:

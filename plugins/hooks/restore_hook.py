@@ -1,4 +1,4 @@
-"""Measure a quantized checkpoint under a config that says nothing of quantization."""
+"""A quantized checkpoint under a config that says nothing of quantization: measured as it is, refused in training."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from gplq.errors import CheckpointError
 from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
 from gplq.plugins.hooks.checkpoints import quantization_of
 from gplq.plugins.hooks.gplq_hook import GPLQHook
+from gplq.plugins.hooks.model import trains
 from gplq.plugins.hooks.weight_ptq_hook import WeightPTQHook
 
 __all__ = ['RestoreHook']
@@ -18,7 +20,8 @@ __all__ = ['RestoreHook']
 class RestoreHook(Hook):
     """Rebuilds the quantized model from its checkpoint; FP32 checkpoints are left to mmengine.
 
-    mmengine alone would load the tensors whose names the FP32 model knows and measure a model that is neither.
+    mmengine alone would load the tensors whose names the FP32 model knows, and measure or train a model that is
+    neither.
     """
 
     priority = 'ABOVE_NORMAL'
@@ -27,5 +30,10 @@ class RestoreHook(Hook):
         ours = (ActivationQATHook, GPLQHook, WeightPTQHook)
         if quantization_of(checkpoint) is None or any(isinstance(hook, ours) for hook in runner.hooks):
             return
+        if trains(runner):
+            raise CheckpointError(
+                f'the checkpoint ({runner._load_from}) holds a quantized model, which training in FP32 would lose: '
+                'start from an FP32 checkpoint, or go on under the config that has the hook'
+            )
         runner.logger.info('GPLQ: the checkpoint holds a quantized model; it is run quantized')
         ActivationQATHook().after_load_checkpoint(runner, checkpoint)

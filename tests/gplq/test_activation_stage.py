@@ -312,6 +312,12 @@ def test_a_teacher_whose_parameters_the_model_trains(toy_vit: Callable[..., nn.M
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_teacher_without_the_features_is_refused(calibrated: Pair, images: Tensor) -> None:
+    foreign = nn.Sequential(nn.Flatten(), nn.Linear(images[0].numel(), 5))
+    with pytest.raises(StageError, match=r'the teacher \(Sequential\) has no head, whose input is compared'):
+        gplq.train_activations(calibrated[0], labelled(images), teacher=foreign, stage=FAST)
+
+
 def test_a_copy_that_is_prepared_and_no_more_is_a_teacher(toy_vit: Callable[..., nn.Module], images: Tensor) -> None:
     model = toy_vit(depth=1)
     gplq.prepare(model, 'w4a4', images[:2])

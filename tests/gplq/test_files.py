@@ -99,3 +99,9 @@ def test_content_is_on_the_disk_before_the_name_moves(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, 'replace', move)
     write_bytes_atomically(tmp_path / 'file', b'content')
     assert done == ['sync file', 'move', 'sync folder']
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match='is a folder: give the name of a file in it'):
+        write_bytes_atomically(tmp_path, b'new')
+    assert tmp_path.is_dir()

@@ -89,3 +89,8 @@ def test_a_pair_that_does_not_fit_is_named(
 ) -> None:
     with pytest.raises(TargetError, match=message):
         inject_outliers(toy_vit(width=32), [pair])
+
+
+def test_narrow_norms_are_counted_by_what_they_have() -> None:
+    model = nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2))
+    assert inject_outliers(model, [('0', '1')], factors=(2.0, 4.0, 8.0)) == (1, 2)

@@ -55,6 +55,7 @@ def refused(config: Config, error: type[GPLQError], message: str) -> None:
         (dict(targets='backbone.blocks.7'), TargetError, "'backbone.blocks.7' matches nothing; similar names: .*block"),
         (dict(skip=['backbone.nothing']), TargetError, "skip pattern 'backbone.nothing' matches nothing"),
         (dict(part='body'), TargetError, "part='body': ToyClassifier has .*'backbone'.*; name one of these"),
+        (dict(part='head'), TargetError, r"part='head' \(Linear\) does not run on images of .*takes images"),
         (dict(weight_bits=1), RecipeError, 'weight_bits=1 .*2'),
         (dict(activation_bits=9), RecipeError, 'activation_bits=9 .*8'),
         (dict(weight_bits=16), RecipeError, 'weight_bits=16'),

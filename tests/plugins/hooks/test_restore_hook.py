@@ -10,6 +10,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from gplq.errors import CheckpointError
 from gplq.plugins.hooks.restore_hook import RestoreHook
 from gplq.record import is_prepared
 
@@ -48,3 +49,15 @@ def test_fp32_checkpoint_is_left_alone(
     assert metrics['toy/accuracy'] >= 0
     assert not is_prepared(runner.model)
     assert 'GPLQ' not in log_of(runner).partition('Load checkpoint')[0].rpartition('Hooks will be executed')[2]
+
+
+def test_training_in_fp32_from_a_quantized_checkpoint_is_refused(
+    train: Callable, steps_of: Callable, make_config: Callable[..., Config]
+) -> None:
+    config = make_config('train')
+    config.load_from = steps_of(train())[-1]['checkpoint']
+    config.default_hooks.pop('gplq')
+    runner = Runner.from_cfg(config)
+    runner.register_hook(RestoreHook())
+    with pytest.raises(CheckpointError, match='holds a quantized model.*FP32 checkpoint'):
+        runner.train()
