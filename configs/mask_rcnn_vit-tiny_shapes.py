@@ -1,6 +1,6 @@
 # Mask R-CNN with a plain ViT (1.9 of 3.1 M parameters) on generated shapes, small enough for two CPU cores; the FP32
 # detector of `make demo`.
-#   python tools/make_shapes.py work_dirs/shapes --train 2000 --val 256
+#   python tools/make_shapes.py work_dirs/shapes --train 1800 --val 256
 #   python tools/train.py configs/mask_rcnn_vit-tiny_shapes.py
 _base_ = [
     './_base_/models/mask_rcnn_vit-tiny.py',

@@ -38,15 +38,18 @@ EXAMPLE = 'example: python tools/demo.py --quick'
 
 @dataclass(frozen=True)
 class Scale:
-    """How many images are drawn, and for how many epochs the FP32 detector sees them."""
+    """How many images are drawn, for how many epochs the FP32 detector sees them, how many at once."""
 
     train: int
     val: int
     epochs: int
+    batch: int
+    warmup: int
 
 
-FULL = Scale(train=2000, val=256, epochs=Config.fromfile(FP32_CONFIG).max_epochs)
-QUICK = Scale(train=160, val=16, epochs=2)
+FULL = Scale(train=1800, val=256, epochs=Config.fromfile(FP32_CONFIG).max_epochs, batch=8, warmup=100)
+# Small batches: so few images must make for some hundred steps, or the detector finds nothing at all.
+QUICK = Scale(train=160, val=16, epochs=3, batch=2, warmup=20)
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,12 @@ def computes_bfloat16() -> bool:
     return 'amx_bf16' in flags or 'avx512_bf16' in flags
 
 
-def train_fp32(work: Path, epochs: int, options: dict[str, Any]) -> tuple[Path, float]:
+def train_fp32(work: Path, scale: Scale, options: dict[str, Any]) -> tuple[Path, float]:
     """Train, unless this has been done here already; give the checkpoint and the minutes it took."""
+    epochs = scale.epochs
     checkpoint, record = work / f'epoch_{epochs}.pth', work / 'trained.json'
-    config = hashlib.sha256(str(Config.fromfile(FP32_CONFIG).to_dict()).encode()).hexdigest()
+    recipe = (Config.fromfile(FP32_CONFIG).to_dict(), scale, options)
+    config = hashlib.sha256(str(recipe).encode()).hexdigest()
     done = json.loads(record.read_text()) if record.is_file() and checkpoint.is_file() else {}
     if done.get('config') == config:
         print(f'the FP32 detector is there already; remove {work} to train it again')
@@ -112,6 +117,7 @@ def train_fp32(work: Path, epochs: int, options: dict[str, Any]) -> tuple[Path, 
     schedule = {
         'train_cfg.max_epochs': epochs,
         'train_cfg.val_interval': epochs,
+        'param_scheduler.0.end': scale.warmup,
         'param_scheduler.1.end': epochs,
         'param_scheduler.1.T_max': epochs,
         'default_hooks.checkpoint.interval': epochs,
@@ -200,10 +206,14 @@ def main() -> None:
     work = (args.work_dir or ROOT / 'work_dirs' / ('demo_quick' if args.quick else 'demo')).resolve()
     data = work / 'data'
     draw_data(data, scale, args.seed)
-    options: dict[str, Any] = {'data_root': data, 'randomness.seed': args.seed}
+    options: dict[str, Any] = {
+        'data_root': data,
+        'randomness.seed': args.seed,
+        'train_dataloader.batch_size': scale.batch,
+    }
     if not computes_bfloat16():
         options['optim_wrapper.type'] = 'OptimWrapper'
-    checkpoint, minutes = train_fp32(work / 'fp32', scale.epochs, options)
+    checkpoint, minutes = train_fp32(work / 'fp32', scale, options)
 
     options['load_from'] = checkpoint
     floating = {
