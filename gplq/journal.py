@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 from urllib.parse import quote
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from gplq.distributed import from_first, is_first
 from gplq.files import write_atomically, write_bytes_atomically
+from gplq.fingerprint import fingerprint
 
-__all__ = ['Journal', 'fingerprint']
+__all__ = ['Journal']
 
 _KEY = 'key'
-
-
-def fingerprint(model: nn.Module, settings: str) -> str:
-    """Hash of everything that a stage starts from: all tensors of the model, and its settings as text."""
-    digest = hashlib.sha256(settings.encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+_HASH = 'sha256'
 
 
 class Journal:
@@ -36,7 +27,7 @@ class Journal:
 
     Args:
         folder: made if it is not there.
-        key: what the stage starts from, see :func:`fingerprint`.
+        key: what the stage starts from, see :func:`gplq.fingerprint.fingerprint`.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -52,18 +43,15 @@ class Journal:
         """What was noted of a step; None if it is still to be done."""
         found: dict[str, Tensor] | None = None
         if is_first() and self._file(step).is_file():
-            try:
-                found = load_file(self._file(step))
-            except SafetensorError:
-                # Not from a crash, which leaves whole files: the step is done again.
-                found = None
+            found = _sound(self._file(step))
         return from_first(found)
 
     def note(self, step: str, tensors: dict[str, Tensor]) -> None:
         """Keep the result of a step."""
         if is_first():
             contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-            write_atomically(self._file(step), lambda temporary: save_file(contiguous, temporary))
+            metadata = {_HASH: fingerprint(contiguous, '')}
+            write_atomically(self._file(step), lambda temporary: save_file(contiguous, temporary, metadata=metadata))
 
     def clear(self) -> None:
         """Forget every step."""
@@ -72,3 +60,14 @@ class Journal:
 
     def _file(self, step: str) -> Path:
         return self.folder / f'{quote(step, safe="")}.safetensors'
+
+
+def _sound(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a file; None if it is damaged, so that the step is done again: no crash leaves such a file."""
+    try:
+        with safe_open(path, framework='pt') as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            noted = (file.metadata() or {}).get(_HASH)
+    except SafetensorError:
+        return None
+    return tensors if noted == fingerprint(tensors, '') else None

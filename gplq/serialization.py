@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gplq.compensation import attach_compensation
 from gplq.errors import CheckpointError, StageError
 from gplq.files import write_atomically
+from gplq.fingerprint import fingerprint
 from gplq.insert import insert
 from gplq.layers import CompensatedBlock, LinearCompensation
 from gplq.packing import pack, unpack
@@ -28,6 +29,7 @@ __all__ = ['adopt', 'describe', 'load', 'restore', 'save']
 
 FORMAT = 'gplq-1'
 _PACKED = '.packed'
+_HASH = 'sha256'
 
 
 def describe(model: nn.Module) -> dict[str, str]:
@@ -107,7 +109,11 @@ def _parse(description: dict[str, str]) -> tuple[Stage, Plan, list[str], list[st
     """Stage, plan, compensated blocks and corrected layers of a description that nobody vouches for."""
     found = description.get('format') if isinstance(description, dict) else None
     if found != FORMAT:
-        raise CheckpointError(f"the file's format is {found!r:.40}, not {FORMAT!r}: it was not written by gplq.save")
+        ours = isinstance(found, str) and found.startswith(FORMAT.rstrip('0123456789'))
+        reason = (
+            'it was written by another version of gplq: use that one' if ours else 'it was not written by gplq.save'
+        )
+        raise CheckpointError(f"the file's format is {found!r:.40}, not {FORMAT!r}: {reason}")
     try:
         stage = Stage(description['stage'])
         plan = Plan.from_json(description['plan'])
@@ -156,7 +162,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         tensors[f'{key}{suffix}{_PACKED}'] = pack(codes, plan.weight_bits, signed=weight.zero_point is None)
     # Tied tensors are stored once each: safetensors refuses memory that two names share.
     tensors = {name: t.clone() for name, t in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=describe(model)))
+    metadata = describe(model)
+    metadata[_HASH] = _fingerprint(tensors, metadata)
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -177,11 +185,19 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             description = file.metadata() or {}
             restore(trial, description)
             tensors = _read(trial, file, path)
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        if description.get(_HASH) != _fingerprint(stored, description):
+            raise CheckpointError(f'{path} is damaged: its contents do not match the hash that was saved with them')
     except SafetensorError as error:
         raise CheckpointError(f'{path} is not a readable safetensors file ({error}): it may be truncated') from None
     restore(model, description)
     model.load_state_dict(tensors)
     return model
+
+
+def _fingerprint(tensors: dict[str, Tensor], description: dict[str, str]) -> str:
+    """Of everything in a file but this hash itself."""
+    return fingerprint(tensors, json.dumps({**description, _HASH: ''}, sort_keys=True))
 
 
 def _outline(model: nn.Module) -> nn.Module:

@@ -16,7 +16,8 @@ from gplq.batches import Forward, default_forward, rereadable
 from gplq.column_statistics import ColumnStatistics, observe_columns
 from gplq.compensation import compensate
 from gplq.errors import StageError
-from gplq.journal import Journal, fingerprint
+from gplq.fingerprint import fingerprint
+from gplq.journal import Journal
 from gplq.layernorm_folding import fold_into_layernorms
 from gplq.progress import Progress, no_progress
 from gplq.record import Stage, named_quantizers, record_of, weight_views
@@ -75,7 +76,7 @@ def quantize_weights(
         )
     batches = None if batches is None else rereadable(batches, recipe.calibration_samples)
     reference = None
-    kept = None if journal is None else Journal(Path(journal), fingerprint(model, record.plan.to_json()))
+    kept = None if journal is None else Journal(Path(journal), fingerprint(model.state_dict(), record.plan.to_json()))
     with evaluating(model):
         statistics: dict[str, ColumnStatistics] = {}
         if pending and batches is not None:

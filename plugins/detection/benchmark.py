@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gplq.plugins.hooks.report import minutes_up_to
 from gplq.plugins.results import ResultError, ResultRow, commit, file_sha256, versions
 
 __all__ = ['METHODS', 'VARIANTS', 'Run', 'plan_runs', 'rows_of']
@@ -119,7 +120,8 @@ def rows_of(run: Run, metrics: Sequence[str], model: str) -> list[ResultRow]:
     record = run.work_dir / 'gplq.json'
     if not record.is_file():
         raise ResultError(f'{run.work_dir} holds no gplq.json: the run failed, its log is there')
-    steps = {step['step']: step for step in json.loads(record.read_text())}
+    noted = json.loads(record.read_text())
+    steps = {step['step']: step for step in noted}
     wanted = {
         'fp32': [('FP32', 32, 32)],
         'fp32_control': [('FP32 control', 32, 32)],
@@ -127,12 +129,10 @@ def rows_of(run: Run, metrics: Sequence[str], model: str) -> list[ResultRow]:
         'rtn': [(f'W{run.bits}A{run.bits}', run.bits, run.bits)],
     }[run.method]
     rows = []
-    spent = 0.0
     for name, weight_bits, activation_bits in wanted:
         if name not in steps:
             raise ResultError(f'{record} has no step {name}: the run failed, its log is in {run.work_dir}')
         step = steps[name]
-        spent += step['minutes']
         for metric in metrics:
             rows.append(
                 ResultRow(
@@ -148,7 +148,7 @@ def rows_of(run: Run, metrics: Sequence[str], model: str) -> list[ResultRow]:
                     seed=run.seed,
                     metric=metric,
                     value=step['metrics'][f'coco/{metric}'],
-                    minutes=spent,
+                    minutes=minutes_up_to(noted, name),
                     peak_memory_mb=step['peak_memory_mb'],
                     artifact_bytes=step['model_bytes'],
                     command=run.text,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from gplq.plugins.hooks.resume import (
 )
 from gplq.plugins.hooks.schedule import keep_schedule, table, take_over
 from gplq.plugins.hooks.settings import HookSettings
+from gplq.plugins.hooks.stopwatch import Stopwatch
 from gplq.plugins.hooks.teacher import (
     LabelFreeLoss,
     MimickingTerm,
@@ -74,7 +74,7 @@ class ActivationQATHook(Hook):
         self.report = Report(self.settings)
         self._attached = ExitStack()
         self._last_validation: tuple[int, dict[str, float]] = (-1, {})
-        self._started = 0.0
+        self._clock = Stopwatch()
         self._done = False
         self._replay: Replay | None = None
         self._resumed: dict[str, Any] = {}
@@ -168,6 +168,8 @@ class ActivationQATHook(Hook):
     def before_train(self, runner: Runner) -> None:
         model = model_of(runner)
         model.__dict__.pop('init_weights', None)
+        self._clock = Stopwatch(self._resumed.get('minutes', 0.0))
+        self._clock.start()
         replay = self._replay
         assert replay is not None
         if not runner._has_loaded:
@@ -184,16 +186,14 @@ class ActivationQATHook(Hook):
                 self._start(runner, model)
         # Numbers are drawn in the order of a run that has not been interrupted.
         replay.start()
-        self._started = time.monotonic() - 60 * self._resumed.get('minutes', 0.0)
 
     def _start(self, runner: Runner, model: nn.Module) -> None:
         if record_of(model).stage is Stage.CALIBRATED:
             runner.logger.info('GPLQ: the checkpoint brings calibrated activations')
             return
-        began = time.monotonic()
         if self.settings.validate_fp32:
-            metrics = evaluate(runner)
-            self.report.add(runner, 'FP32', metrics, (time.monotonic() - began) / 60)
+            with self._clock.standing():
+                self.report.add(runner, 'FP32', evaluate(runner), minutes=0.0)
         # The teacher is the FP32 model: it is copied before calibration evens out weights or switches scales on.
         self._attach(runner, model, resumed=False)
         if self.settings.recipe.quantizes:
@@ -243,7 +243,11 @@ class ActivationQATHook(Hook):
         if self._replay is not None:
             self._replay.seed_step(runner.iter)
 
+    def before_val_epoch(self, runner: Runner) -> None:
+        self._clock.stop()
+
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        self._clock.start()
         self._last_validation = (runner.iter, dict(metrics or {}))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
@@ -255,7 +259,7 @@ class ActivationQATHook(Hook):
                 self.settings,
                 data_seed=self._replay.seed,
                 teacher=self._teacher,
-                minutes=self._minutes(),
+                minutes=self._clock.minutes,
             )
 
     # When it ends
@@ -263,7 +267,7 @@ class ActivationQATHook(Hook):
     def after_train(self, runner: Runner) -> None:
         self._attached.close()
         self._done = True
-        minutes = self._minutes()
+        self._clock.stop()
         if self.settings.trains and self.settings.resume_interval:
             save_resume_point(runner, epoch=runner.epoch, iteration=runner.iter)
         adopt_average(runner, trained=self.settings.trains)
@@ -274,10 +278,7 @@ class ActivationQATHook(Hook):
         when, metrics = self._last_validation
         if when != runner.iter or not self.settings.trains:
             metrics = evaluate(runner)
-        self.report.add(runner, step, _numbers(metrics), minutes, checkpoint=_save(runner, step))
-
-    def _minutes(self) -> float:
-        return (time.monotonic() - self._started) / 60
+        self.report.add(runner, step, _numbers(metrics), self._clock.minutes, checkpoint=_save(runner, step))
 
 
 def _save(runner: Runner, step: str) -> str:

@@ -18,7 +18,7 @@ from gplq.plugins.results import peak_memory_mb
 from gplq.record import is_prepared, record_of
 from gplq.size import effective_bits, float_bytes, packed_model_bytes
 
-__all__ = ['Report', 'evaluate']
+__all__ = ['Report', 'evaluate', 'minutes_up_to']
 
 FILE = 'gplq.json'
 
@@ -55,7 +55,11 @@ class Report:
             self.steps = json.loads(path.read_text())
 
     def add(self, runner: Runner, step: str, metrics: dict[str, float], minutes: float, **files: str) -> None:
-        """Log a step and keep it. Minutes are those that the step took, the peak memory is the run's."""
+        """Log a step and keep it.
+
+        Minutes are those that the step took, calibration and PCA included, validation left out; the peak memory is the
+        run's.
+        """
         model = model_of(runner)
         size = _sizes(model, self.settings, quantized=step.startswith('W') and 'A' in step)
         shown = '  '.join(f'{name.rpartition("/")[2]} {value:.4f}' for name, value in metrics.items() if value >= 0)
@@ -71,6 +75,12 @@ class Report:
         if is_main_process():
             path = Path(runner.work_dir) / FILE
             write_bytes_atomically(path, json.dumps(self.steps, indent=1).encode())
+
+
+def minutes_up_to(steps: list[dict[str, Any]], name: str) -> float:
+    """Minutes from the FP32 checkpoint to a step, those before it included."""
+    names = [step['step'] for step in steps]
+    return float(sum(step['minutes'] for step in steps[: names.index(name) + 1]))
 
 
 def _sizes(model: nn.Module, settings: HookSettings, *, quantized: bool) -> dict[str, Any]:

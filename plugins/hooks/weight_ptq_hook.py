@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from gplq.plugins.hooks.model import model_of, synchronize
 from gplq.plugins.hooks.progress import logged_progress
 from gplq.plugins.hooks.randomness import seeded
 from gplq.plugins.hooks.report import evaluate
+from gplq.plugins.hooks.stopwatch import Stopwatch
 from gplq.serialization import save
 from gplq.weight_stage import quantize_weights
 
@@ -73,6 +73,14 @@ class WeightPTQHook(Hook):
         if self._alone:
             self._activations.before_train_iter(runner, batch_idx, data_batch)
 
+    def before_val_epoch(self, runner: Runner) -> None:
+        if self._alone:
+            self._activations.before_val_epoch(runner)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        if self._alone:
+            self._activations.after_val_epoch(runner, metrics)
+
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         if self._alone:
             self._activations.before_save_checkpoint(runner, checkpoint)
@@ -84,7 +92,8 @@ class WeightPTQHook(Hook):
         if recipe.weight_bits == 32:
             return
         model = model_of(runner)
-        began = time.monotonic()
+        clock = Stopwatch()
+        clock.start()
         with seeded(self._activations.settings.seed):
             quantize_weights(
                 model,
@@ -94,7 +103,7 @@ class WeightPTQHook(Hook):
                 journal=Path(runner.work_dir, JOURNAL),
             )
         synchronize(model)
-        minutes = (time.monotonic() - began) / 60
+        clock.stop()
         metrics = evaluate(runner)
         step = f'W{recipe.weight_bits}A{recipe.activation_bits}'
         name = f'gplq_{recipe.name}'
@@ -110,4 +119,6 @@ class WeightPTQHook(Hook):
         if is_main_process():
             save(model, artifact)
             shutil.rmtree(Path(runner.work_dir, JOURNAL), ignore_errors=True)
-        self._activations.report.add(runner, step, metrics, minutes, checkpoint=str(checkpoint), artifact=str(artifact))
+        self._activations.report.add(
+            runner, step, metrics, clock.minutes, checkpoint=str(checkpoint), artifact=str(artifact)
+        )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import gplq
 from gplq import integer
 from gplq.errors import CalibrationError, CheckpointError, GPLQError, StageError, TargetError
+from gplq.fingerprint import fingerprint
 from gplq.record import is_prepared, named_products, weight_views
 
 Make = Callable[..., nn.Module]
@@ -235,6 +236,8 @@ def rewritten(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], 
     with safe_open(path, 'pt') as file:
         metadata = dict(file.metadata())
     change(tensors, metadata)
+    # Whoever forges a file gives it a hash that fits.
+    metadata['sha256'] = fingerprint(tensors, json.dumps({**metadata, 'sha256': ''}, sort_keys=True))
     save_file(tensors, path, metadata=metadata)
     return path
 
@@ -277,6 +280,29 @@ def test_truncated(toy_vit: Make, saved: Path, share: float) -> None:
     saved.write_bytes(data[: int(share * len(data))])
     with pytest.raises(CheckpointError, match='truncated'):
         gplq.load(toy_vit(depth=1), saved)
+
+
+def test_a_flipped_bit(toy_vit: Make, images: Tensor, saved: Path) -> None:
+    """Wherever it is: in the header, in the plan, in a code."""
+    sound = saved.read_bytes()
+    header = 8 + int.from_bytes(sound[:8], 'little')
+    places = [3, 8, 30, sound.index(b'"plan"') + 40, sound.index(b'sha256') + 12, header, header + 99, len(sound) - 1]
+    for place in places:
+        damaged = bytearray(sound)
+        damaged[place] ^= 1
+        saved.write_bytes(damaged)
+        model = toy_vit(depth=1)
+        with pytest.raises(CheckpointError):
+            gplq.load(model, saved)
+        check_untouched(model, toy_vit(depth=1), images)
+
+
+def test_a_file_from_the_future(toy_vit: Make, saved: Path) -> None:
+    def renamed(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        metadata['format'] = 'gplq-9'
+
+    with pytest.raises(CheckpointError, match="'gplq-9', not 'gplq-1': it was written by another version"):
+        gplq.load(toy_vit(depth=1), rewritten(saved, renamed))
 
 
 def test_missing_file(toy_vit: Make, tmp_path: Path) -> None:

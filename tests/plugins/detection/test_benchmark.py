@@ -70,7 +70,7 @@ def test_rows_sum_the_minutes_of_the_steps_up_to_theirs(make_runs: Callable[...,
             model_bytes=100,
             peak_memory_mb=7.0,
         )
-        for step, value, minutes, bits in (('W32A3', 0.4, 2.0, 32.0), ('W3A3', 0.3, 0.5, 3.1))
+        for step, value, minutes, bits in (('FP32', 0.5, 0.0, 32.0), ('W32A3', 0.4, 2.0, 32.0), ('W3A3', 0.3, 0.5, 3.1))
     ]
     run.work_dir.mkdir(parents=True)
     (run.work_dir / 'gplq.json').write_text(json.dumps(steps))
@@ -87,3 +87,12 @@ def test_an_unfinished_run_gives_no_rows(make_runs: Callable[..., list[Run]]) ->
     (run.work_dir / 'gplq.json').write_text('[]')
     with pytest.raises(ResultError, match='no step W32A3'):
         rows_of(run, ['bbox_mAP'], 'vit')
+
+
+def test_calibration_counts_as_time_of_round_to_nearest(make_runs: Callable[..., list[Run]]) -> None:
+    (run,) = make_runs(['rtn'], [3], [0], [''])
+    shared = dict(metrics={'coco/bbox_mAP': 0.3}, effective_bits=3.1, model_bytes=100, peak_memory_mb=7.0)
+    run.work_dir.mkdir(parents=True)
+    steps = [dict(step='W32A3', minutes=2.0, **shared), dict(step='W3A3', minutes=0.5, **shared)]
+    (run.work_dir / 'gplq.json').write_text(json.dumps(steps))
+    assert [row.minutes for row in rows_of(run, ['bbox_mAP'], 'vit')] == [2.5]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,43 @@ def test_each_step_is_a_line_of_the_log_and_a_record(
     for step in steps[1:]:
         assert Path(step['checkpoint']).is_file()
     assert Path(steps[2]['artifact']).is_file()
+
+
+def test_minutes_hold_calibration_and_training_but_no_validation(
+    make_config: Callable[..., Config], steps_of: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hour = 3600.0
+    now = [0.0]
+
+    def costly(where: str, name: str, hours: float) -> None:
+        module = importlib.import_module(f'gplq.plugins.hooks.{where}')
+        work = getattr(module, name)
+
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            now[0] += hours * hour
+            return work(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, slow)
+
+    monkeypatch.setattr('gplq.plugins.hooks.stopwatch.time', SimpleNamespace(monotonic=lambda: now[0]))
+    costly('activation_qat_hook', 'evaluate', 100)
+    costly('activation_qat_hook', 'calibrate', 1)
+    costly('activation_qat_hook', 'make_mimicking', 2)
+    costly('weight_ptq_hook', 'evaluate', 100)
+    costly('weight_ptq_hook', 'quantize_weights', 3)
+
+    class Passing(Hook):
+        def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+            now[0] += 0.5 * hour
+
+        def after_val_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+            now[0] += 100 * hour
+
+    runner = Runner.from_cfg(make_config('run', iterations=4))
+    runner.register_hook(Passing())
+    runner.train()
+    steps = steps_of(runner)
+    assert [round(step['minutes'] / 60, 6) for step in steps] == [0.0, 1 + 2 + 4 * 0.5, 3.0]
 
 
 def test_fp32_step_is_the_checkpoint(
