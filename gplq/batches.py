@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from gplq.errors import CalibrationError
 
-__all__ = ['Forward', 'batch_size', 'bounded', 'default_forward', 'first_samples', 'rereadable', 'to_device']
+__all__ = [
+    'Forward',
+    'batch_size',
+    'bounded',
+    'default_forward',
+    'first_samples',
+    'rereadable',
+    'tensors_in',
+    'to_device',
+]
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -36,6 +45,18 @@ def to_device(batch: Any, device: torch.device) -> Any:
         values = [to_device(value, device) for value in batch]
         return type(batch)(*values) if hasattr(batch, '_fields') else type(batch)(values)
     return batch
+
+
+def tensors_in(batch: Any, place: str = '') -> dict[str, Tensor]:
+    """The tensors of a batch by where they are; what is no container of tensors is passed over."""
+    if isinstance(batch, Tensor):
+        return {place: batch}
+    entries: Iterable[tuple[Any, Any]] = ()
+    if isinstance(batch, Mapping):
+        entries = batch.items()
+    elif isinstance(batch, (list, tuple)):
+        entries = enumerate(batch)
+    return {name: tensor for key, value in entries for name, tensor in tensors_in(value, f'{place}.{key}').items()}
 
 
 def batch_size(batch: Any) -> int:
@@ -75,23 +96,11 @@ def bounded(batches: Iterable[Any], samples: int) -> Iterator[Any]:
     for number, batch in enumerate(first_samples(batches, samples)):
         if batch_size(batch) == 0:
             raise CalibrationError(f'calibration batch {number} is empty')
-        for x in _floats(batch):
-            if not bool(torch.isfinite(x).all()):
+        for x in tensors_in(batch).values():
+            if x.is_floating_point() and not bool(torch.isfinite(x).all()):
                 raise CalibrationError(
                     f'calibration batch {number} holds NaN or infinite values; check the images and normalization'
                 )
         yield batch
     if number < 0:
         raise CalibrationError('there is no calibration batch: the data set or loader is empty')
-
-
-def _floats(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _floats(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _floats(item)

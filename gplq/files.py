@@ -7,7 +7,16 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ['write_atomically', 'write_bytes_atomically']
+__all__ = ['remove_unfinished', 'write_atomically', 'write_bytes_atomically']
+
+
+_UNFINISHED = '.gplq-tmp'
+
+
+def remove_unfinished(folder: str | os.PathLike[str]) -> None:
+    """Remove what writers that were killed have left in a folder; no other may be at work in it."""
+    for path in Path(folder).glob(f'.*{_UNFINISHED}'):
+        path.unlink(missing_ok=True)
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:
@@ -25,7 +34,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None])
     if path.is_dir():
         raise IsADirectoryError(f'{path} is a folder: give the name of a file in it')
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix=_UNFINISHED)
     os.close(handle)
     try:
         write(temporary)

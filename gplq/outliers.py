@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from gplq.errors import TargetError
+from gplq.errors import RecipeError, TargetError
 
 __all__ = ['OutlierCount', 'inject_outliers']
 
@@ -40,8 +41,12 @@ def inject_outliers(
         seed: picks the channels.
 
     Raises:
+        RecipeError: if a factor is not a positive number.
         TargetError: if a pair is no LayerNorm with an affine and a Linear of as many inputs.
     """
+    for value in factors:
+        if not (math.isfinite(value) and value > 0):
+            raise RecipeError(f'an outlier channel cannot be {value} times as large: give positive factors')
     generator = torch.Generator().manual_seed(seed)
     norms = changed = 0
     for norm_name, linear_name in readers:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from gplq.batches import Forward, default_forward, rereadable
+from gplq.batches import Forward, default_forward, rereadable, tensors_in
 from gplq.column_statistics import ColumnStatistics, observe_columns
 from gplq.compensation import compensate
 from gplq.errors import StageError
@@ -52,7 +52,7 @@ def quantize_weights(
         forward: runs one batch.
         progress: wraps an iterable to show how far it is.
         journal: folder in which every finished layer and block is kept; a call that starts from the same model and
-            finds it there goes on behind them.
+            first batch and finds it there goes on behind them.
 
     Raises:
         StageError: if activations are not calibrated.
@@ -76,7 +76,11 @@ def quantize_weights(
         )
     batches = None if batches is None else rereadable(batches, recipe.calibration_samples)
     reference = None
-    kept = None if journal is None else Journal(Path(journal), fingerprint(model.state_dict(), record.plan.to_json()))
+    kept = None
+    if journal is not None:
+        first = {} if batches is None else tensors_in(next(iter(batches), None))
+        start = {**model.state_dict(), **{f'batch {name}': tensor for name, tensor in first.items()}}
+        kept = Journal(Path(journal), fingerprint(start, record.plan.to_json()))
     with evaluating(model):
         statistics: dict[str, ColumnStatistics] = {}
         if pending and batches is not None:

@@ -29,10 +29,14 @@ class AtomicBackend(LocalBackend):
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Write bytes."""
+        waiting = [Path(name) for name in self._waiting]
+        # What waited for a file that could not be written stays.
+        self._waiting.clear()
         write_bytes_atomically(filepath, obj)
-        while self._waiting:
-            path = Path(self._waiting.pop())
-            if path != Path(filepath):
+        for path in waiting:
+            if path.parent != Path(filepath).parent:
+                self._waiting.append(str(path))
+            elif path != Path(filepath):
                 path.unlink(missing_ok=True)
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:

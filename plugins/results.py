@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from gplq.errors import GPLQError
+
 __all__ = [
     'SCOPES',
     'Measurement',
@@ -52,7 +54,7 @@ PACKAGES = (
 )
 
 
-class ResultError(ValueError):
+class ResultError(GPLQError):
     """A result row or file that cannot be what a run wrote."""
 
 

@@ -61,21 +61,21 @@ def render_table(rows: Iterable[ResultRow], metrics: Sequence[str], also: Sequen
     A row that was run again replaces the earlier one.
 
     Raises:
-        ResultError: two checkpoints under the same method, bits and seed.
+        ResultError: rows of one model start from two checkpoints, or are of two splits or scopes.
     """
     groups: dict[_Key, dict[str, dict[int, ResultRow]]] = {}
+    first: dict[str, ResultRow] = {}
     for row in rows:
         if row.metric not in metrics:
             continue
-        key = (row.model, row.weight_bits, row.activation_bits, row.method, row.variant)
-        seeds = groups.setdefault(key, {}).setdefault(row.metric, {})
-        earlier = seeds.get(row.seed)
-        if earlier and _identity(earlier) != _identity(row):
+        start = first.setdefault(row.model, row)
+        if _identity(start) != _identity(row):
             raise ResultError(
-                f'{row.benchmark}: {row.method}, seed {row.seed}, has rows of two checkpoints, splits or '
-                'scopes; keep one with field=value in the table marker'
+                f'{row.benchmark}: the rows of {row.model} are of two checkpoints, splits or scopes, in '
+                f'{start.method} and {row.method}; keep one with field=value in the table marker'
             )
-        seeds[row.seed] = row
+        key = (row.model, row.weight_bits, row.activation_bits, row.method, row.variant)
+        groups.setdefault(key, {}).setdefault(row.metric, {})[row.seed] = row
     if not groups:
         return '_No rows yet._\n'
     models = len({key[0] for key in groups}) > 1

@@ -14,8 +14,9 @@ import sys
 import time
 from pathlib import Path
 
+from gplq.plugins.command_line import exit_on_error
 from gplq.plugins.detection.benchmark import METHODS, VARIANTS, Run, plan_runs, rows_of
-from gplq.plugins.results import append_row, read_rows
+from gplq.plugins.results import append_row, file_sha256, read_rows
 
 EXAMPLE = """example:
   GPLQ_DATA_ROOT=data/bccd python tools/benchmark.py configs/gplq_faster_rcnn_vit-tiny_bccd.py bccd_vit.pth \\
@@ -41,10 +42,11 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def is_done(run: Run, output: Path) -> bool:
-    if not output.is_file():
-        return False
-    return any(row.command == run.text and row.split == run.split for row in read_rows(output))
+def is_done(run: Run, metrics: list[str], sha256: str, output: Path) -> bool:
+    """Whether every metric of this command is there, measured on the checkpoint as it is now."""
+    rows = read_rows(output) if output.is_file() else []
+    same = [row for row in rows if (row.command, row.split, row.checkpoint_sha256) == (run.text, run.split, sha256)]
+    return set(metrics) <= {row.metric for row in same}
 
 
 def carry_out(run: Run, data_root: str) -> None:
@@ -62,6 +64,10 @@ def main() -> None:
         sys.exit('error: say where the data is: GPLQ_DATA_ROOT=PATH')
     work = args.work_dir or Path('work_dirs', args.benchmark)
     output = args.output or (Path('results') if args.split == 'test' else work) / f'{args.benchmark}.jsonl'
+    if wrong := [option for option in args.options if '=' not in option]:
+        sys.exit(f'error: --options wants KEY=VALUE, got {wrong[0]}')
+    if not Path(args.checkpoint).is_file():
+        sys.exit(f'error: checkpoint {args.checkpoint} does not exist')
     options = dict(option.split('=', 1) for option in args.options)
     runs = list(
         plan_runs(
@@ -77,7 +83,8 @@ def main() -> None:
             work,
         )
     )
-    waiting = [run for run in runs if not is_done(run, output)]
+    sha256 = file_sha256(args.checkpoint)
+    waiting = [run for run in runs if not is_done(run, args.metrics, sha256, output)]
     print(f'{len(runs)} runs, {len(runs) - len(waiting)} of them done already; rows: {output}')
     start = time.perf_counter()
     for number, run in enumerate(waiting, start=1):
@@ -92,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    exit_on_error(main)

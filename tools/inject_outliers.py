@@ -14,10 +14,10 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from gplq import prepare
-from gplq.errors import GPLQError
+from gplq.errors import CheckpointError, GPLQError
 from gplq.outliers import inject_outliers
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
-from gplq.plugins.hooks.checkpoints import check_keys, read_checkpoint
+from gplq.plugins.hooks.checkpoints import check_keys, quantization_of, read_checkpoint, tensors_of
 from gplq.plugins.hooks.model import blank_forward
 from gplq.plugins.hooks.settings import HookSettings
 from gplq.record import record_of
@@ -63,7 +63,9 @@ def main() -> None:
     checkpoint = read_checkpoint(args.checkpoint)
     model = MODELS.build(cfg.model)
     check_keys(model, checkpoint, args.checkpoint)
-    model.load_state_dict(checkpoint.get('state_dict', checkpoint), strict=False)
+    if quantization_of(checkpoint) is not None:
+        raise CheckpointError(f'{args.checkpoint} holds a quantized model: outliers are put into an FP32 one')
+    model.load_state_dict(tensors_of(checkpoint, args.checkpoint), strict=False)
     settings = HookSettings.from_config()
     found = inject_outliers(model, norms_and_readers(model, settings), args.factors, args.seed)
     if not found.norms:

@@ -27,7 +27,7 @@ from torch import nn
 from gplq import calibrate, prepare
 from gplq.activation_stage import ActivationStage, parameter_groups
 from gplq.mimicking import FeatureTap, Mimicking, fit_mimicking_loss
-from gplq.plugins.command_line import add_run_arguments, read_config
+from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
 from gplq.plugins.hooks.data import calibration_loader
 from gplq.plugins.hooks.model import PartForward, blank_forward, part_of, preprocess
 from gplq.plugins.hooks.settings import HookSettings
@@ -176,4 +176,4 @@ def _without_hook(cfg: Config) -> Config:
 
 
 if __name__ == '__main__':
-    main()
+    exit_on_error(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'folded': {'recipe.exponents': [1.0], 'recipe.balance': False},
     'unfolded': {'recipe.exponents': [1.0], 'recipe.balance': False, 'recipe.fold': False},
 }
+
+
+# What the program sets itself, by the end of the option's name.
+OWN = ('weight_bits', 'activation_bits', 'seed', 'method', 'load_from', 'ann_file')
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,18 @@ class Run:
         return ['python', TOOL, self.config, '--work-dir', str(self.work_dir), '--cfg-options', *pairs]
 
     @property
+    def label(self) -> str:
+        """What differs from the method as it is: the variant and the user's options."""
+        own = [f'{key.removeprefix("default_hooks.gplq.")}={value}' for key, value in self.options]
+        return ', '.join(filter(None, (self.variant, *own)))
+
+    @property
+    def scope(self) -> str:
+        """What is quantized, as a row says it."""
+        targets = re.findall(r'[\w.*]+', dict(self.options).get('default_hooks.gplq.targets', 'backbone'))
+        return 'backbone' if all(name.split('.')[0] == 'backbone' for name in targets) else 'detector'
+
+    @property
     def text(self) -> str:
         """The command as one line."""
         return ' '.join(part if '${' in part else shlex.quote(part) for part in self.command)
@@ -89,14 +106,22 @@ def plan_runs(
     options: dict[str, str],
     work: Path,
 ) -> Iterator[Run]:
-    """Every run once: FP32 and its control know no bits, variants are GPLQ's, and FP32 knows no seed."""
+    """Every run once: FP32 and its control know no bits, variants are GPLQ's, and FP32 knows no seed.
+
+    Raises:
+        ResultError: if an option is one of those that the runs differ in.
+    """
+    for key in options:
+        if key.rpartition('.')[2] in OWN:
+            raise ResultError(f'{key} is no option: --bits, --seeds, --methods, --split and CHECKPOINT set it')
+    slug = re.sub(r'[^\w.=-]+', '_', '_'.join(f'{key}={value}' for key, value in options.items()))
     for seed in seeds:
         for method in methods:
             for width in bits if method in ('gplq', 'rtn') else (32,):
                 for variant in variants if method == 'gplq' else ('',):
                     if method == 'fp32' and seed != seeds[0]:
                         continue
-                    name = '_'.join(filter(None, (method, f'w{width}', variant.replace(' ', '_'), f's{seed}')))
+                    name = '_'.join(filter(None, (method, f'w{width}', variant.replace(' ', '_'), slug, f's{seed}')))
                     yield Run(
                         benchmark,
                         config,
@@ -139,7 +164,7 @@ def rows_of(run: Run, metrics: Sequence[str], model: str) -> list[ResultRow]:
                     benchmark=run.benchmark,
                     split=run.split,
                     model=model,
-                    scope='backbone',
+                    scope=run.scope,
                     checkpoint_sha256=file_sha256(run.checkpoint),
                     method=run.method,
                     weight_bits=weight_bits,
@@ -154,7 +179,7 @@ def rows_of(run: Run, metrics: Sequence[str], model: str) -> list[ResultRow]:
                     command=run.text,
                     commit=commit(),
                     versions=versions(),
-                    variant=run.variant,
+                    variant=run.label,
                 )
             )
     return rows

@@ -1,5 +1,6 @@
 """Read the weights of a backbone from a detector's or a classifier's checkpoint."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from .positions import resize_grid, resize_table
 
 __all__ = ['fit_backbone_state', 'read_state_dict']
+
+# Tokens before those of the image: a class token, none, one for distillation as well, four registers besides.
+_PREFIX_TOKENS = (1, 0, 2, 5)
 
 
 def read_state_dict(path: str) -> dict[str, Tensor]:
@@ -63,12 +67,12 @@ def fit_backbone_state(backbone: nn.Module, state: Mapping[str, Tensor], source:
 
 def _resized(name: str, value: Tensor, wanted: Tensor) -> Tensor:
     """Resize absolute or relative positions to `wanted`'s number; other tensors have no second size."""
-    if name == 'pos_embed' and value.ndim == 3:
-        old, new = (round((tensor.shape[1] - 1) ** 0.5) for tensor in (value, wanted))
-        if old * old + 1 != value.shape[1]:
-            return value
-        grid = resize_grid(value[:, 1:].reshape(1, old, old, -1), new, new)
-        return torch.cat([value[:, :1], grid.flatten(1, 2)], dim=1)
+    if name.rpartition('.')[2] == 'pos_embed' and value.ndim == wanted.ndim == 3:
+        for tokens in _PREFIX_TOKENS:
+            old, new = (math.isqrt(max(tensor.shape[1] - tokens, 0)) for tensor in (value, wanted))
+            if (old * old + tokens, new * new + tokens) == (value.shape[1], wanted.shape[1]):
+                grid = resize_grid(value[:, tokens:].reshape(1, old, old, -1), new, new)
+                return torch.cat([value[:, :tokens], grid.flatten(1, 2)], dim=1)
     if '.rel_pos_' in name and value.ndim == 2:
         return resize_table(value, wanted.shape[0])
     return value

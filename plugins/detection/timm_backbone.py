@@ -20,6 +20,9 @@ from .pretrained import fit_backbone_state, read_state_dict
 
 __all__ = ['TimmBackbone']
 
+# Of a detector's backbone among its other parts.
+_PREFIX = 'backbone.'
+
 
 class TimmBackbone(BaseModule):
     """Give the feature maps of a timm model by its name, for example `swin_tiny_patch4_window7_224`.
@@ -64,13 +67,15 @@ class TimmBackbone(BaseModule):
         # timm has initialized or loaded the model when it made it.
         if self.init_cfg is None:
             return
-        if self.init_cfg['type'] != 'Pretrained':
+        if not isinstance(self.init_cfg, dict) or self.init_cfg['type'] != 'Pretrained':
             super().init_weights()
             return
         source = self.init_cfg['checkpoint']
         own = self.model.state_dict()
+        state = read_state_dict(source)
+        inside = {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
         names = {_flat(name): name for name in own}
-        state = {names.get(_flat(name), name): value for name, value in read_state_dict(source).items()}
+        state = {names.get(_flat(name), name): value for name, value in (inside or state).items()}
         state = {name: _with_windows_of(own, name, value) for name, value in state.items()}
         self.model.load_state_dict(fit_backbone_state(self.model, state, source))
         print_log(f'TimmBackbone: {len(own)} tensors loaded from {source}', logger='current')
@@ -83,8 +88,8 @@ class TimmBackbone(BaseModule):
 
 
 def _flat(name: str) -> str:
-    """Name a tensor alike in a detector, a classifier and timm's feature model, whose `layers.0` is `layers_0`."""
-    return name.removeprefix('backbone.').removeprefix('model.').replace('.', '_')
+    """Name a tensor alike in a classifier and in timm's feature model, whose `layers.0` is `layers_0`."""
+    return name.removeprefix('model.').replace('.', '_')
 
 
 def _with_windows_of(own: dict[str, Tensor], name: str, value: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from gplq.calibrate import calibrate
 from gplq.errors import CheckpointError, StageError
+from gplq.files import remove_unfinished
 from gplq.plugins.atomic_backend import BACKEND_ARGS, save_atomically
 from gplq.plugins.hooks.average import adopt_average, copy_anew
 from gplq.plugins.hooks.checkpoints import check_keys, check_source, complete, quantization_of
@@ -36,9 +38,11 @@ from gplq.plugins.hooks.replay import Replay
 from gplq.plugins.hooks.report import Report, evaluate
 from gplq.plugins.hooks.resume import (
     ResumePointHook,
+    check_same_run,
     check_same_stage,
     describe_stage,
     find_resume_point,
+    mark_run,
     save_resume_point,
 )
 from gplq.plugins.hooks.schedule import keep_schedule, table, take_over
@@ -79,6 +83,7 @@ class ActivationQATHook(Hook):
         self._replay: Replay | None = None
         self._resumed: dict[str, Any] = {}
         self._teacher: str | None = None
+        self._run = ''
 
     # When a run begins
 
@@ -143,6 +148,7 @@ class ActivationQATHook(Hook):
             return
         if runner._resume and stage is not Stage.QUANTIZED:
             self._resumed = check_same_stage(checkpoint['meta'], self.settings)
+            check_same_run(runner.work_dir, self._resumed.get('run'), _source(runner))
         if stage is Stage.QUANTIZED:
             raise CheckpointError(
                 f'the weights in {_source(runner)} are quantized already: test it, or start from the FP32 checkpoint'
@@ -170,6 +176,9 @@ class ActivationQATHook(Hook):
         model.__dict__.pop('init_weights', None)
         self._clock = Stopwatch(self._resumed.get('minutes', 0.0))
         self._clock.start()
+        self._run = mark_run(runner.work_dir, self._resumed.get('run'))
+        if is_main_process():
+            remove_unfinished(runner.work_dir)
         replay = self._replay
         assert replay is not None
         if not runner._has_loaded:
@@ -259,6 +268,7 @@ class ActivationQATHook(Hook):
                 self.settings,
                 data_seed=self._replay.seed,
                 teacher=self._teacher,
+                run=self._run,
                 minutes=self._clock.minutes,
             )
 

@@ -18,7 +18,7 @@ from gplq.products import QuantizedProduct
 from gplq.record import Stage
 from gplq.weights import WeightQuantizer
 
-__all__ = ['check_keys', 'check_source', 'complete', 'quantization_of', 'read_checkpoint']
+__all__ = ['check_keys', 'check_source', 'complete', 'quantization_of', 'read_checkpoint', 'tensors_of']
 
 REMEDY = "set load_from (or --cfg-options load_from=PATH) to the FP32 checkpoint of this config's model"
 
@@ -110,7 +110,7 @@ def quantization_of(checkpoint: dict[str, Any]) -> dict[str, str] | None:
     return meta.get('gplq') if isinstance(meta, dict) else None
 
 
-def _tensors_of(checkpoint: dict[str, Any], source: str) -> dict[str, torch.Tensor]:
+def tensors_of(checkpoint: dict[str, Any], source: str) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by their names in the model.
 
     Raises:
@@ -143,7 +143,7 @@ def check_keys(model: nn.Module, checkpoint: dict[str, Any], source: str, stage:
     Raises:
         CheckpointError: if there are none, if some are missing, have another shape or are not finite.
     """
-    state = _tensors_of(checkpoint, source)
+    state = tensors_of(checkpoint, source)
     own = _prefixes(model, LATER[stage])
     expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
     # Fixed tables that a constructor computes, and counters of batches, need not travel.

@@ -20,7 +20,8 @@ def random_states_kept() -> Iterator[None]:
     quantizers and without, which the FP32 control relies on.
     """
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    # Not merely available: a forked worker of the data loader must not touch the GPU that its parent has opened.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_rank
 from mmengine.runner import Runner
 
@@ -36,8 +37,13 @@ class Replay:
         loader = self._loop.dataloader
         if isinstance(loader.batch_sampler, ReplayBatchSampler) and isinstance(loader.dataset, ReplayDataset):
             loader.dataset.seed(self.seed)
-            if hasattr(loader.batch_sampler.sampler, 'seed'):
-                loader.batch_sampler.sampler.seed = self.seed
+            sampler = loader.batch_sampler.sampler
+            if hasattr(sampler, 'seed'):
+                sampler.seed = self.seed
+            if isinstance(sampler, InfiniteSampler):
+                # Its one stream of indices began with another seed, and the workers of mmengine's loop, which are gone,
+                # have taken some of it.
+                sampler.indices = sampler._indices_of_rank()
 
     def seed_step(self, iteration: int) -> None:
         """Fix what the model draws in this iteration on this rank: dropout, samples of proposals, noise."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,20 @@ from gplq.plugins.atomic_backend import BACKEND_ARGS
 from gplq.plugins.hooks.checkpoints import read_checkpoint
 from gplq.plugins.hooks.settings import HookSettings
 
-__all__ = ['RESUME', 'ResumePointHook', 'check_same_stage', 'describe_stage', 'find_resume_point', 'save_resume_point']
+__all__ = [
+    'RESUME',
+    'ResumePointHook',
+    'check_same_run',
+    'check_same_stage',
+    'describe_stage',
+    'find_resume_point',
+    'mark_run',
+    'save_resume_point',
+]
 
 RESUME = 'gplq_resume.pth'
 LAST = 'last_checkpoint'
+RUN = 'gplq_run'
 # What may differ between the run that was interrupted and the one that goes on.
 FREE = ('resume_interval', 'validate_fp32')
 
@@ -85,6 +96,28 @@ def _iteration(path: Path) -> int:
         return int(read_checkpoint(str(path))['meta']['iter'])
     except (CheckpointError, KeyError, TypeError, ValueError):
         return -1
+
+
+def mark_run(work_dir: str, run: str | None = None) -> str:
+    """Give a run a mark of its own, kept in its folder and in its checkpoints; a resumed one keeps its mark."""
+    mark = run or uuid.uuid4().hex
+    if is_main_process():
+        write_bytes_atomically(Path(work_dir) / RUN, mark.encode())
+    return mark
+
+
+def check_same_run(work_dir: str, mark: str | None, source: str) -> None:
+    """Refuse the checkpoint of an earlier run in the same folder, which a new one has not replaced yet.
+
+    Raises:
+        CheckpointError: if it is of another run than the last one that began there.
+    """
+    last = Path(work_dir) / RUN
+    if mark is not None and last.is_file() and last.read_text() != mark:
+        raise CheckpointError(
+            f'{source} was left by an earlier run in {work_dir}; the last one had come to no resume point: '
+            'start it again without --resume'
+        )
 
 
 def describe_stage(settings: HookSettings, **more: Any) -> str:

@@ -82,6 +82,23 @@ def test_killed_and_called_again(
         assert torch.equal(resumed(images), whole(images))
 
 
+def test_steps_found_on_other_batches_are_forgotten(
+    toy_vit: Callable[..., nn.Module], images: Tensor, tmp_path: Path
+) -> None:
+    def quantized(batch: Tensor, journal: Path | None) -> nn.Module:
+        model = toy_vit(depth=1)
+        gplq.prepare(model, 'w3a4', images[:2])
+        gplq.calibrate(model, [images])
+        gplq.quantize_weights(model, [batch], journal=journal)
+        return model
+
+    other = 3 * images.flip(-1) + 1
+    quantized(images, tmp_path / 'journal')
+    found, expected = quantized(other, tmp_path / 'journal').state_dict(), quantized(other, None).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    assert any(not torch.equal(value, expected[name]) for name, value in quantized(images, None).state_dict().items())
+
+
 def test_steps_of_another_start_are_forgotten(tmp_path: Path) -> None:
     journal = Journal(tmp_path / 'journal', 'one')
     journal.note('round a/b:linear', {'weight': torch.ones(2)})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import gplq
-from gplq.errors import TargetError
+from gplq.errors import RecipeError, TargetError
 from gplq.outliers import inject_outliers
 from gplq.record import record_of
 
@@ -94,3 +94,10 @@ def test_a_pair_that_does_not_fit_is_named(
 def test_narrow_norms_are_counted_by_what_they_have() -> None:
     model = nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2))
     assert inject_outliers(model, [('0', '1')], factors=(2.0, 4.0, 8.0)) == (1, 2)
+
+
+@pytest.mark.parametrize('factor', [0.0, -2.0, float('inf'), float('nan')])
+def test_factors_that_ruin_a_model_are_refused(factor: float) -> None:
+    model = nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2))
+    with pytest.raises(RecipeError, match='positive'):
+        inject_outliers(model, [('0', '1')], factors=(2.0, factor))

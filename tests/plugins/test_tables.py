@@ -76,8 +76,10 @@ def test_a_repeated_run_replaces_the_earlier_one() -> None:
     assert '| 0.200 | 1 |' in table
 
 
-def test_two_checkpoints_are_not_averaged() -> None:
-    rows = [make_row('rtn', 4, 4, 0.1), make_row('rtn', 4, 4, 0.2, checkpoint_sha256='1' * 64)]
+@pytest.mark.parametrize(('method', 'seed'), [('rtn', 0), ('rtn', 1), ('gplq', 0)])
+def test_figures_of_two_checkpoints_do_not_stand_side_by_side(method: str, seed: int) -> None:
+    other = make_row(method, 4, 4, 0.2, seed=seed, checkpoint_sha256='1' * 64)
+    rows = [make_row('rtn', 4, 4, 0.1), other]
     with pytest.raises(ResultError, match='two checkpoints'):
         render_table(rows, ['bbox_mAP'])
 

@@ -46,14 +46,15 @@ def test_fp32_runs_once_its_control_once_a_seed_and_variants_are_ours(make_runs:
 def test_command_carries_bits_seed_split_variant_and_the_users_options_last(
     make_runs: Callable[..., list[Run]],
 ) -> None:
-    (run,) = make_runs(['gplq'], [3], [1], ['folded'], {'default_hooks.gplq.seed': '7', 'max_epochs': '2'})
+    (run,) = make_runs(['gplq'], [3], [1], ['folded'], {'default_hooks.gplq.stage.lr': '5e-5', 'max_epochs': '2'})
     options = dict(part.split('=', 1) for part in run.command[run.command.index('--cfg-options') + 1 :])
     assert run.command[:3] == ['python', 'tools/train.py', 'configs/a.py']
     assert options['default_hooks.gplq.weight_bits'] == options['default_hooks.gplq.activation_bits'] == '3'
     assert options['default_hooks.gplq.recipe.exponents'] == '[1.0]'
     assert options['val_dataloader.dataset.ann_file'] == 'dev.json'
     assert options['randomness.seed'] == '1'
-    assert options['default_hooks.gplq.seed'] == '7'
+    assert options['default_hooks.gplq.seed'] == '1'
+    assert options['default_hooks.gplq.stage.lr'] == '5e-5'
     assert options['max_epochs'] == '2'
     assert 'val_evaluator.ann_file=/cells/dev.json' in run.arguments('/cells')
     assert 'val_evaluator.ann_file=${GPLQ_DATA_ROOT}/dev.json' in run.text
@@ -96,3 +97,24 @@ def test_calibration_counts_as_time_of_round_to_nearest(make_runs: Callable[...,
     steps = [dict(step='W32A3', minutes=2.0, **shared), dict(step='W3A3', minutes=0.5, **shared)]
     (run.work_dir / 'gplq.json').write_text(json.dumps(steps))
     assert [row.minutes for row in rows_of(run, ['bbox_mAP'], 'vit')] == [2.5]
+
+
+def test_options_are_part_of_the_variant_and_of_the_folder(make_runs: Callable[..., list[Run]]) -> None:
+    (plain,) = make_runs(['gplq'], [3], [0], ['folded'])
+    (run,) = make_runs(['gplq'], [3], [0], ['folded'], {'default_hooks.gplq.stage.lr': '5e-5'})
+    assert (plain.label, run.label) == ('folded', 'folded, stage.lr=5e-5')
+    assert plain.work_dir != run.work_dir
+
+
+@pytest.mark.parametrize(
+    ('targets', 'scope'),
+    [("['backbone']", 'backbone'), ("['backbone.blocks.*']", 'backbone'), ("['backbone','neck']", 'detector')],
+)
+def test_scope_is_that_of_the_targets(targets: str, scope: str, make_runs: Callable[..., list[Run]]) -> None:
+    (run,) = make_runs(['gplq'], [3], [0], [''], {'default_hooks.gplq.targets': targets})
+    assert run.scope == scope
+
+
+def test_options_that_the_runs_differ_in_are_refused(make_runs: Callable[..., list[Run]]) -> None:
+    with pytest.raises(ResultError, match='default_hooks.gplq.seed is no option'):
+        make_runs(options={'default_hooks.gplq.seed': '7'})

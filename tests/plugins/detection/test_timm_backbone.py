@@ -92,3 +92,34 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     backbone = TimmBackbone('swin_tiny_patch4_window7_224', model_args=SWIN, init_cfg=init_cfg)
     with pytest.raises(ValueError, match=r'swin.safetensors has no layers_2.blocks.1.*another architecture'):
         backbone.init_weights()
+
+
+def test_a_detector_with_more_stages_is_read(tmp_path: Path) -> None:
+    detector = torch.nn.Module()
+    detector.backbone = TimmBackbone('swin_tiny_patch4_window7_224', model_args=SWIN)
+    detector.head = torch.nn.Linear(2, 2)
+    torch.save({'state_dict': detector.state_dict()}, tmp_path / 'detector.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'detector.pth'))
+    backbone = TimmBackbone('swin_tiny_patch4_window7_224', out_indices=(0, 1, 2), model_args=SWIN, init_cfg=init_cfg)
+    backbone.init_weights()
+    x = torch.rand(1, 3, 64, 64)
+    expected = detector.backbone.eval()(x)[:3]
+    assert all(torch.equal(one, other) for one, other in zip(backbone.eval()(x), expected, strict=True))
+
+
+def test_positions_of_a_plain_vit_are_resized(tmp_path: Path) -> None:
+    settings = dict(depth=1, embed_dim=24, num_heads=3)
+    classifier = timm.create_model('vit_tiny_patch16_224', img_size=64, num_classes=3, **settings)
+    save_file(classifier.state_dict(), tmp_path / 'vit.safetensors')
+    backbone = TimmBackbone(
+        'vit_tiny_patch16_224',
+        out_indices=(0,),
+        model_args=dict(img_size=96, **settings),
+        init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'vit.safetensors')),
+    )
+    backbone.init_weights()
+    found = backbone.state_dict()['model.model.pos_embed']
+    assert tuple(found.shape) == (1, 1 + 6 * 6, 24)
+    assert torch.equal(found[:, 0], classifier.pos_embed[:, 0])
+    # Bicubic interpolation keeps the mean of a grid nearly.
+    assert torch.allclose(found[:, 1:].mean(1), classifier.pos_embed[:, 1:].mean(1), atol=2e-3)

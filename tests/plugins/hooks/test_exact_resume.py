@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
+from gplq.errors import CheckpointError
 from gplq.plugins.hooks.randomness import seed_all
 from gplq.plugins.hooks.replay_data import Draw, ReplayBatchSampler, ReplayDataset
 
@@ -75,6 +78,12 @@ def without_seed(config: Config) -> None:
     config.randomness = dict(seed=None)
 
 
+def endless_with_workers_and_without_seed(config: Config) -> None:
+    endless(config)
+    with_workers(config)
+    without_seed(config)
+
+
 @pytest.fixture
 def run(make_config: Callable[..., Config]) -> Callable[..., Runner]:
     """Trains the toy under random augmentation and dropout, killed before an iteration or resumed."""
@@ -116,7 +125,18 @@ def assert_same_end(one: Runner, other: Runner) -> None:
 
 @pytest.mark.parametrize(
     'change',
-    [by_epochs, by_iterations, endless, with_workers, averaged, accumulated, bfloat16, own_schedule, without_seed],
+    [
+        by_epochs,
+        by_iterations,
+        endless,
+        with_workers,
+        averaged,
+        accumulated,
+        bfloat16,
+        own_schedule,
+        without_seed,
+        endless_with_workers_and_without_seed,
+    ],
 )
 def test_a_resumed_run_ends_as_an_undisturbed_one(
     run: Callable[..., Runner], steps_of: Callable[[Runner], list[dict[str, Any]]], change: Callable[[Config], None]
@@ -129,6 +149,38 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(
     assert_same_end(whole, resumed)
     assert [step['step'] for step in steps_of(resumed)] == [step['step'] for step in steps_of(whole)]
     assert steps_of(resumed)[-1]['metrics'] == steps_of(whole)[-1]['metrics']
+
+
+def test_another_number_of_workers_changes_nothing(run: Callable[..., Runner]) -> None:
+    def with_some(workers: int) -> Callable[[Config], None]:
+        def change(config: Config) -> None:
+            endless(config)
+            config.train_dataloader.num_workers = workers
+
+        return change
+
+    assert_same_end(run('none', with_some(0), seed=3), run('two', with_some(2), seed=3))
+
+
+def test_the_resume_point_of_an_earlier_run_is_refused(
+    run: Callable[..., Runner], make_config: Callable[..., Config]
+) -> None:
+    class KillBefore(Hook):
+        def before_train(self, runner: Runner) -> None:
+            raise Killed
+
+    run('folder', by_iterations, kill=5)
+    (work_dir,) = {Path(make_config('folder').work_dir)}
+    unfinished = work_dir / '.gplq_resume.pth.abc.gplq-tmp'
+    unfinished.write_bytes(b'half')
+    # Another run begins there, and is killed before it has a resume point of its own.
+    runner = Runner.from_cfg(make_config('folder', iterations=16, resume_interval=INTERVAL))
+    runner.register_hook(KillBefore())
+    with pytest.raises(Killed):
+        runner.train()
+    assert not unfinished.exists()
+    with pytest.raises(CheckpointError, match=r'gplq_resume.pth was left by an earlier run.*without --resume'):
+        run('folder', by_iterations, resume=True)
 
 
 def test_killed_in_the_weight_stage_training_is_not_repeated(
@@ -197,3 +249,14 @@ def test_consumed_batches_are_skipped_and_passes_of_an_endless_sampler_counted()
     assert list(batches) == everything[3:]
     assert batches.passed == 6
     assert list(batches) == everything, 'only the pass that is entered is shortened'
+
+
+def test_forked_workers_leave_a_gpu_alone_that_their_parent_has_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = os.getpid()
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    monkeypatch.setattr('torch.cuda._is_in_bad_fork', lambda: os.getpid() != parent)
+    monkeypatch.setattr('torch.cuda.is_initialized', lambda: os.getpid() == parent)
+    data = ReplayDataset([torch.tensor(4.0)])
+    batches = [[Draw(0, 0)]]
+    loader = DataLoader(data, batch_sampler=batches, num_workers=1, multiprocessing_context='fork')
+    assert [float(batch) for batch in loader] == [4.0]
