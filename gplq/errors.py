@@ -5,12 +5,14 @@ from __future__ import annotations
 __all__ = [
     'CalibrationError',
     'CheckpointError',
+    'DataError',
     'GPLQError',
     'ProductError',
     'RecipeError',
     'StageError',
     'TargetError',
     'TrainingError',
+    'WriteError',
 ]
 
 
@@ -44,3 +46,11 @@ class TrainingError(GPLQError):
 
 class CheckpointError(GPLQError):
     """A checkpoint is missing, damaged, of another model, or holds objects that are not data."""
+
+
+class DataError(GPLQError):
+    """A sample of a data set cannot be read."""
+
+
+class WriteError(GPLQError, OSError):
+    """A file cannot be written: the disk is full, or its folder is not writable."""

@@ -7,6 +7,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from gplq.errors import WriteError
+
 __all__ = ['remove_unfinished', 'write_atomically', 'write_bytes_atomically']
 
 
@@ -27,27 +31,29 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None])
         write: writes all of it to the name that it is given.
 
     Raises:
-        IsADirectoryError: ``path`` is a folder.
-        OSError: the disk is full or the folder cannot be written; what was there before stays.
+        WriteError: ``path`` is a folder, the disk is full or the folder cannot be written; what was there before stays.
     """
     path = Path(path)
     if path.is_dir():
-        raise IsADirectoryError(f'{path} is a folder: give the name of a file in it')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix=_UNFINISHED)
-    os.close(handle)
+        raise WriteError(f'{path} is a folder: give the name of a file in it')
     try:
-        write(temporary)
-        # A temporary file is its owner's alone; the result gets the rights of any new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        _force_to_disk(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _force_to_disk(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix=_UNFINISHED)
+        os.close(handle)
+        try:
+            write(temporary)
+            # A temporary file is its owner's alone; the result gets the rights of any new file.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            _force_to_disk(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        _force_to_disk(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise WriteError(f'{path} cannot be written ({error}); what was there before is kept') from error
 
 
 def write_bytes_atomically(path: str | os.PathLike[str], content: bytes) -> None:

@@ -63,5 +63,7 @@ def exit_on_error(main: Callable[[], None]) -> None:
     try:
         main()
     except GPLQError as error:
-        print(f'error: {error}', file=sys.stderr)
+        # An error in a worker of the data loader comes with the worker's traceback before it.
+        marker = f'{type(error).__module__}.{type(error).__qualname__}: '
+        print(f'error: {str(error).rpartition(marker)[2].strip()}', file=sys.stderr)
         sys.exit(2)

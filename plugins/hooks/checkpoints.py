@@ -61,9 +61,11 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         raise CheckpointError(f'checkpoint {path} does not exist; {REMEDY}')
     _check_kind(Path(path))
     allow_mmengine_objects()
+    # Files from before torch 1.6 are no archives and cannot be mapped.
+    archive = zipfile.is_zipfile(path)
+    if archive and (damage := _damage(path)):
+        raise CheckpointError(f'checkpoint {path} is damaged: {damage}; copy or download it anew')
     try:
-        # Files from before torch 1.6 are no archives and cannot be mapped.
-        archive = zipfile.is_zipfile(path)
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=archive)
     except Exception as error:
         # What an unpickler says of bytes that nobody vouches for can be any error.
@@ -81,6 +83,20 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f'checkpoint {path} holds a {type(checkpoint).__name__}, not a state dict')
     return checkpoint
+
+
+def _damage(path: str) -> str | None:
+    """What is wrong with the first member of an archive whose bytes changed since they were written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.compress_type != zipfile.ZIP_STORED:
+                    # Unpacking what nobody vouches for could take all memory.
+                    return f'{member.filename} in it is compressed, which torch.save never does'
+            changed = archive.testzip()
+            return changed and f'{changed} in it does not match its checksum'
+    except Exception as error:  # names, sizes and flags that nobody vouches for
+        return f'{type(error).__name__}: {error}'
 
 
 def _check_kind(path: Path) -> None:

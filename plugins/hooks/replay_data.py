@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from mmengine.dist import get_world_size
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from gplq.errors import DataError
 from gplq.plugins.hooks.randomness import seeded
 
 __all__ = ['Draw', 'ReplayBatchSampler', 'ReplayDataset', 'can_replay', 'replay_loader']
@@ -35,8 +36,21 @@ class ReplayDataset(Dataset):
         return len(self._dataset)
 
     def __getitem__(self, draw: Draw) -> Any:
-        with seeded(self._seed, *draw):
-            return self._dataset[draw.sample]
+        try:
+            with seeded(self._seed, *draw):
+                return self._dataset[draw.sample]
+        except Exception as error:  # whatever a pipeline raises
+            raise DataError(self._told(draw.sample, error)) from error
+
+    def _told(self, sample: int, error: Exception) -> str:
+        try:
+            name = str(self._dataset.get_data_info(sample)['img_path'])
+        except Exception:  # not every data set is mmengine's
+            name = type(self._dataset).__name__
+        return (
+            f'sample {sample} ({name}) cannot be read: {type(error).__name__}: {error}; mend it or take it out of the '
+            'annotations'
+        )
 
     def __getattr__(self, name: str) -> Any:
         # Hooks and samplers ask the data set for its metainfo, its groups, its switches. While a worker unpickles

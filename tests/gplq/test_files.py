@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gplq.errors import WriteError
 from gplq.files import write_atomically, write_bytes_atomically
 
 
@@ -102,6 +103,6 @@ def test_content_is_on_the_disk_before_the_name_moves(tmp_path: Path, monkeypatc
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(IsADirectoryError, match='is a folder: give the name of a file in it'):
+    with pytest.raises(WriteError, match='is a folder: give the name of a file in it'):
         write_bytes_atomically(tmp_path, b'new')
     assert tmp_path.is_dir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -223,6 +224,30 @@ def test_file_that_is_no_checkpoint(content: bytes, message: str, make_config: M
     config = make_config()
     config.load_from = str(path)
     refused(config, CheckpointError, f'checkpoint {path} {message}')
+
+
+@pytest.mark.parametrize('place', [0.2, 0.5, 0.8])
+def test_checkpoint_with_a_flipped_bit(place: float, make_config: MakeConfig, checkpoint: Path, tmp_path: Path) -> None:
+    content = bytearray(checkpoint.read_bytes())
+    with zipfile.ZipFile(checkpoint) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+    # Behind the member's header of 30 bytes, its name and its padding.
+    content[largest.header_offset + int(place * largest.file_size) + len(largest.filename) + 94] ^= 4
+    path = tmp_path / 'flipped.pth'
+    path.write_bytes(content)
+    config = make_config()
+    config.load_from = str(path)
+    refused(config, CheckpointError, f'flipped.pth is damaged: {largest.filename} .*checksum')
+
+
+def test_compressed_checkpoint(make_config: MakeConfig, checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / 'packed.pth'
+    with zipfile.ZipFile(checkpoint) as plain, zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as packed:
+        for member in plain.infolist():
+            packed.writestr(member.filename, plain.read(member))
+    config = make_config()
+    config.load_from = str(path)
+    refused(config, CheckpointError, 'packed.pth is damaged: .* is compressed')
 
 
 def test_artifact_is_no_checkpoint(

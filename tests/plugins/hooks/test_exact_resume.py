@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from gplq.errors import CheckpointError
+from gplq.errors import CheckpointError, WriteError
 from gplq.plugins.hooks.randomness import seed_all
 from gplq.plugins.hooks.replay_data import Draw, ReplayBatchSampler, ReplayDataset
 
@@ -181,6 +182,22 @@ def test_the_resume_point_of_an_earlier_run_is_refused(
     assert not unfinished.exists()
     with pytest.raises(CheckpointError, match=r'gplq_resume.pth was left by an earlier run.*without --resume'):
         run('folder', by_iterations, resume=True)
+
+
+def test_a_full_disk_leaves_the_last_resume_point(run: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run('whole', by_iterations)
+    written = []
+
+    def until_full(path: str) -> None:
+        written.append(path)
+        if len(written) > 12:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr('gplq.files._force_to_disk', until_full)
+        with pytest.raises(WriteError, match=r'cannot be written .*No space left.*is kept'):
+            run('full', by_iterations)
+    assert_same_end(whole, run('full', by_iterations, resume=True))
 
 
 def test_killed_in_the_weight_stage_training_is_not_repeated(

@@ -11,36 +11,9 @@ from typing import Any
 import gplq.plugins.detection  # noqa: F401  isort: skip
 import pytest
 import torch
-from mmdet.registry import MODELS
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from gplq.record import record_of
-
-FEW = dict(calibration_samples=4, exponents=(0.0, 1.0), clips=(1.0,))
-
-
-@pytest.fixture
-def detector(tiny_detector_config: Path, tmp_path: Path) -> Callable[..., Runner]:
-    """Makes a Runner of the tiny Mask R-CNN on a ViT, with the two lines; arguments are the hook's."""
-    torch.manual_seed(0)
-    plain = Config.fromfile(tiny_detector_config)
-    init_default_scope('mmdet')
-    torch.save({'state_dict': MODELS.build(plain.model).state_dict()}, tmp_path / 'fp32.pth')
-
-    def make(name: str = 'run', wrapper: str | None = None, load_from: str | None = None, **hook: Any) -> Runner:
-        cfg = Config.fromfile(tiny_detector_config)
-        arguments = dict(type='gplq.plugins.GPLQHook', weight_bits=4, activation_bits=4, iterations=2)
-        stage = dict(pca_samples=4, lr=1e-3)
-        cfg.default_hooks.gplq = {**arguments, 'recipe': FEW, 'stage': stage, **hook}
-        cfg.load_from = load_from or str(tmp_path / 'fp32.pth')
-        cfg.work_dir, cfg.experiment_name = str(tmp_path / name), f'{tmp_path.name}{name}'
-        if wrapper:
-            cfg.optim_wrapper.type = wrapper
-        return Runner.from_cfg(cfg)
-
-    return make
 
 
 def steps_of(runner: Runner) -> list[dict[str, Any]]:
