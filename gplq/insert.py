@@ -27,6 +27,9 @@ def insert(model: nn.Module, plan: Plan) -> None:
     """
     if is_prepared(model):
         raise StageError(f'{type(model).__name__} is prepared already; start from a fresh model')
+    strays = {product.owner for product in plan.products} - {owner.name for owner in plan.owners}
+    if strays:
+        raise CheckpointError(f'the plan has products of {sorted(strays)[0]!r}, which is not among its owners')
     for name in plan.multiheads:
         swap_class(_find(model, name, nn.MultiheadAttention), DecomposedMultiheadAttention)
     for a_map in plan.maps:

@@ -189,8 +189,11 @@ def _operand(values: Any) -> OperandPlan:
     spec = values['spec']
     if spec['signed'] not in (None, True, False) or not isinstance(spec['offset'], bool):
         raise CheckpointError(f'the quantization plan holds the spec {spec!r:.100}')
+    site = _text(values['site'])
+    if not site.isidentifier():
+        raise CheckpointError(f'the quantization plan holds {site!r:.60} where a site is due')
     return OperandPlan(
-        site=_text(values['site']),
+        site=site,
         spec=QuantizerSpec(
             bits=spec['bits'],
             signed=spec['signed'],
@@ -215,10 +218,13 @@ def _map(values: Any) -> MapPlan:
 
 
 def _product(values: Any) -> ProductPlan:
+    left, right = _operand(values['left']), _operand(values['right'])
+    if left.site == right.site:
+        raise CheckpointError(f'the quantization plan holds a product of {left.site!r:.60} with itself')
     return ProductPlan(
         owner=_text(values['owner']),
         index=_count(values['index']),
-        left=_operand(values['left']),
-        right=_operand(values['right']),
+        left=left,
+        right=right,
         multiplications=_count(values['multiplications']),
     )
