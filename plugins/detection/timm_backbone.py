@@ -1,7 +1,6 @@
 """Any timm model with feature maps as a backbone for mmdet."""
 
 import importlib.util
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,14 +13,11 @@ if importlib.util.find_spec('timm') is None:
 
 import timm
 from timm.layers.format import Format
-from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 
-from .pretrained import fit_backbone_state, read_state_dict
+from gplq.plugins.pretrained import read_state_dict
+from gplq.plugins.timm_weights import fit_timm_state
 
 __all__ = ['TimmBackbone']
-
-# Of a detector's backbone among its other parts.
-_PREFIX = 'backbone.'
 
 
 class TimmBackbone(BaseModule):
@@ -71,30 +67,12 @@ class TimmBackbone(BaseModule):
             super().init_weights()
             return
         source = self.init_cfg['checkpoint']
-        own = self.model.state_dict()
-        state = read_state_dict(source)
-        inside = {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
-        names = {_flat(name): name for name in own}
-        state = {names.get(_flat(name), name): value for name, value in (inside or state).items()}
-        state = {name: _with_windows_of(own, name, value) for name, value in state.items()}
-        self.model.load_state_dict(fit_backbone_state(self.model, state, source))
-        print_log(f'TimmBackbone: {len(own)} tensors loaded from {source}', logger='current')
+        state = fit_timm_state(self.model, read_state_dict(source), source)
+        self.model.load_state_dict(state)
+        print_log(f'TimmBackbone: {len(state)} tensors loaded from {source}', logger='current')
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         maps = self.model(x)
         if self.channels_last:
             return tuple(m.permute(0, 3, 1, 2).contiguous() for m in maps)
         return tuple(maps)
-
-
-def _flat(name: str) -> str:
-    """Name a tensor alike in a classifier and in timm's feature model, whose `layers.0` is `layers_0`."""
-    return name.removeprefix('model.').replace('.', '_')
-
-
-def _with_windows_of(own: dict[str, Tensor], name: str, value: Tensor) -> Tensor:
-    """Resize Swin's table of ((2 h - 1) (2 w - 1), heads) biases to the windows of this model, which are square."""
-    if not name.endswith('relative_position_bias_table') or name not in own or value.shape == own[name].shape:
-        return value
-    side = (math.isqrt(len(own[name])) + 1) // 2
-    return resize_rel_pos_bias_table(value, (side, side), tuple(own[name].shape))

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .positions import absolute_positions, relative_bias
-from .pretrained import fit_backbone_state, read_state_dict
+from gplq.plugins.positions import absolute_positions, relative_bias
+from gplq.plugins.pretrained import fit_backbone_state, read_state_dict
+
 from .windows import join_windows, split_windows
 
 __all__ = ['ViT']

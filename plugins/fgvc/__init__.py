@@ -1,1 +1,25 @@
-"""Fine-grained classification on mmengine."""
+"""Fine-grained classification on mmengine and timm, without mmcv or mmdet."""
+
+import importlib.util
+
+_packages = ('mmengine', 'timm', 'torchvision')
+_missing = [name for name in _packages if importlib.util.find_spec(name) is None]
+if _missing:
+    raise ImportError(f"gplq.plugins.fgvc needs {', '.join(_missing)}: pip install 'gplq[fgvc]'")
+
+from .classifier import TimmClassifier  # noqa: E402
+from .cub import CUBDataset  # noqa: E402
+from .metric import ClassificationMetric  # noqa: E402
+from .torchvision_dataset import TorchvisionDataset  # noqa: E402
+from .transforms import LoadImage, PackImage, TimmTransform, TorchvisionTransform  # noqa: E402
+
+__all__ = [
+    'CUBDataset',
+    'ClassificationMetric',
+    'LoadImage',
+    'PackImage',
+    'TimmClassifier',
+    'TimmTransform',
+    'TorchvisionDataset',
+    'TorchvisionTransform',
+]

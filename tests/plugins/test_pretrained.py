@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from gplq.plugins.detection import ViT
-from gplq.plugins.detection.pretrained import read_state_dict
+from gplq.plugins.pretrained import read_state_dict
 
 SETTINGS = dict(patch_size=4, embed_dim=12, depth=2, num_heads=3, window_size=2, window_block_indexes=(0,))
 

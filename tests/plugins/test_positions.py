@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gplq.plugins.detection.positions import (
+from gplq.plugins.positions import (
     absolute_positions,
     relative_bias,
     relative_positions,

@@ -1,0 +1,162 @@
+"""Any timm model as a classifier for mmengine, in two parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from mmengine.logging import print_log
+from mmengine.model import BaseModel, ImgDataPreprocessor
+from timm.data.mixup import Mixup
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gplq.plugins.pretrained import read_state_dict
+from gplq.plugins.timm_weights import fit_timm_state
+
+__all__ = ['TimmClassifier']
+
+
+class TimmClassifier(BaseModel):
+    """A timm model whose `backbone` ends in pooled features and whose `head` is one Linear.
+
+    Images (N, 3, H, W), normalized by the pipeline, -> logits (N, num_classes).
+
+    Args:
+        model_name: as `timm.create_model` takes it.
+        num_classes: outputs of the head.
+        pretrained: start from the weights that timm has of it.
+        model_args: options of the model, such as `dict(img_size=448)`; positions are resized.
+        drop_rate: dropout before the head.
+        label_smoothing: of the cross-entropy.
+        mixup: options of `timm.data.Mixup`, such as `dict(mixup_alpha=0.8, cutmix_alpha=1.0)`; None mixes nothing.
+        frozen: train the head alone on features of the backbone as evaluation gives them: a linear probe.
+        init_cfg: `dict(type='Pretrained', checkpoint=PATH)` starts from a timm classifier's or this class's weights in
+            a file; a head of another number of classes is left fresh.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        num_classes: int,
+        pretrained: bool = False,
+        model_args: dict[str, Any] | None = None,
+        drop_rate: float = 0.0,
+        label_smoothing: float = 0.0,
+        mixup: dict[str, Any] | None = None,
+        frozen: bool = False,
+        data_preprocessor: dict[str, Any] | nn.Module | None = None,
+        init_cfg: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(data_preprocessor=data_preprocessor or ImgDataPreprocessor(), init_cfg=init_cfg)
+        if ':' not in model_name and not timm.is_model(model_name.split('.')[0]):
+            near = timm.list_models(f'*{model_name.split("_")[0]}*')[:5]
+            raise ValueError(f'TimmClassifier: timm {timm.__version__} has no model {model_name!r}; it has {near}')
+        backbone: Any = timm.create_model(model_name, pretrained=pretrained, num_classes=0, **(model_args or {}))
+        self.backbone = backbone
+        # What the backbone is made for, which the hooks run it on.
+        backbone.img_size = _input_size(backbone)
+        self.dropout = nn.Dropout(drop_rate)
+        self.head = nn.Linear(backbone.num_features, num_classes)
+        self.label_smoothing = label_smoothing
+        self.mixup = None
+        if mixup is not None:
+            options = {'label_smoothing': label_smoothing, 'num_classes': num_classes, **mixup}
+            self.mixup = Mixup(**options)
+        self.frozen = frozen
+        if frozen:
+            self.backbone.requires_grad_(False)
+        self.train()
+
+    def init_weights(self) -> None:
+        """Read the file of `init_cfg`; timm has initialized the backbone otherwise."""
+        if self.init_cfg is None:
+            return
+        if not isinstance(self.init_cfg, dict) or self.init_cfg['type'] != 'Pretrained':
+            super().init_weights()
+            return
+        source = self.init_cfg['checkpoint']
+        state = read_state_dict(source)
+        self.backbone.load_state_dict(fit_timm_state(self.backbone, state, source))
+        head = self._head_in(state)
+        if head is not None:
+            self.head.load_state_dict(head)
+        print_log(
+            f'TimmClassifier: backbone from {source}, head {"as well" if head else "fresh"}',
+            logger='current',
+        )
+
+    def train(self, mode: bool = True) -> TimmClassifier:
+        """Training mode; a frozen backbone stays as evaluation runs it."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """Pooled features (N, C); features that come from a cache pass."""
+        if inputs.ndim == 2:
+            return inputs
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features: Tensor = self.backbone(inputs)
+        return features
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Scores of the classes (N, num_classes)."""
+        logits: Tensor = self.head(self.dropout(self.features(inputs)))
+        return logits
+
+    def loss(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy of labels (N,)."""
+        if self.mixup is not None and self.training and len(inputs) % 2 == 0:
+            inputs, soft = self.mixup(inputs, labels)
+            return {'loss_cls': -(soft * F.log_softmax(self.logits(inputs), -1)).sum(-1).mean()}
+        return {'loss_cls': F.cross_entropy(self.logits(inputs), labels, label_smoothing=self.label_smoothing)}
+
+    def forward(
+        self,
+        inputs: Tensor,
+        labels: Sequence[int] | Tensor | None = None,
+        mode: str = 'tensor',
+        **about: Any,
+    ) -> Any:
+        """Logits, losses by name, or a list of predictions, as mmengine's modes say.
+
+        Args:
+            inputs: images, or features of a cache.
+            labels: classes by number; not needed for logits.
+            mode: `tensor`, `loss` or `predict`.
+            about: what else the data set says of the samples; passed on to the metric.
+        """
+        if mode == 'tensor':
+            return self.logits(inputs)
+        assert labels is not None
+        labels = torch.as_tensor(labels, device=inputs.device)
+        if mode == 'loss':
+            return self.loss(inputs, labels)
+        scores = self.logits(inputs).softmax(-1)
+        names = about.get('img_path') or [''] * len(scores)
+        return [
+            {'scores': row, 'label': int(label), 'img_path': name}
+            for row, label, name in zip(scores, labels, names, strict=True)
+        ]
+
+    def _head_in(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Weight and bias of the head, where the file has one of these classes."""
+        backbone: Any = self.backbone
+        classifier = backbone.pretrained_cfg.get('classifier', 'head')
+        names = [classifier] if isinstance(classifier, str) else list(classifier)
+        for name in ('head', *names):
+            found = {part: state.get(f'{name}.{part}') for part in ('weight', 'bias')}
+            if all(tensor is not None and tensor.shape == getattr(self.head, n).shape for n, tensor in found.items()):
+                return {part: tensor for part, tensor in found.items() if tensor is not None}
+        return None
+
+
+def _input_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width that the model is made for."""
+    patches = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
+    size = patches or model.pretrained_cfg['input_size'][1:]  # type: ignore[index]
+    return int(size[0]), int(size[1])

@@ -1,0 +1,91 @@
+"""CUB-200-2011 and data sets laid out like it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gplq.errors import DataError
+
+from .image_dataset import ImageDataset
+
+__all__ = ['CUBDataset']
+
+HOW = (
+    'CUB-200-2011 comes from https://www.vision.caltech.edu/datasets/cub_200_2011/ (CUB_200_2011.tgz); data_root is '
+    'the unpacked folder with images.txt, image_class_labels.txt, train_test_split.txt, classes.txt and images/'
+)
+
+
+class CUBDataset(ImageDataset):
+    """Images listed in `images.txt`, with their classes, splits and boxes in files of the same numbers.
+
+    Args:
+        data_root: the folder that holds these files.
+        split: `train` and `test` are those of `train_test_split.txt`; other names are looked up in `split_file`.
+        split_file: names a split for images, `NUMBER NAME` a line; those it does not list are none of its splits.
+        crop: give the pipeline the birds' boxes, to which `LoadImage` cuts.
+
+    Raises:
+        DataError: a file is missing or damaged; the message says where the data comes from and how it must lie.
+    """
+
+    def __init__(
+        self,
+        data_root: str,
+        split: str = 'train',
+        split_file: str | None = None,
+        crop: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.split = split
+        self.split_file = split_file
+        self.crop = crop
+        kwargs.setdefault('metainfo', {'classes': self._classes(Path(data_root))})
+        super().__init__(data_root=data_root, **kwargs)
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """The split's images in the order of their numbers."""
+        root = Path(self.data_root)
+        paths = _table(root / 'images.txt')
+        labels = _table(root / 'image_class_labels.txt')
+        boxes = _table(root / 'bounding_boxes.txt') if self.crop else {}
+        chosen = self._chosen(root)
+        samples = []
+        for number in sorted(chosen, key=int):
+            if number not in paths or number not in labels:
+                raise DataError(f'{root}: image {number} of the split has no path or no class; {HOW}')
+            path = root / 'images' / paths[number]
+            if not path.is_file():
+                raise DataError(f'{path} is missing; {HOW}')
+            sample: dict[str, Any] = {'img_path': str(path), 'gt_label': int(labels[number]) - 1}
+            if self.crop:
+                sample['box'] = [float(value) for value in boxes[number].split()]
+            samples.append(sample)
+        return samples
+
+    def _chosen(self, root: Path) -> list[str]:
+        held = _table(root / 'train_test_split.txt')
+        named = _table(root / self.split_file) if self.split_file else {}
+        if self.split in named.values():
+            return [number for number, name in named.items() if name == self.split]
+        if self.split not in ('train', 'test'):
+            known = sorted({'train', 'test', *named.values()})
+            raise DataError(f'{root} has no split {self.split!r}, it has {known}')
+        return [number for number, flag in held.items() if flag == str(int(self.split == 'train'))]
+
+    @staticmethod
+    def _classes(root: Path) -> tuple[str, ...]:
+        names = _table(root / 'classes.txt')
+        return tuple(names[number].partition('.')[2] or names[number] for number in sorted(names, key=int))
+
+
+def _table(path: Path) -> dict[str, str]:
+    """A file of `NUMBER REST` lines."""
+    if not path.is_file():
+        raise DataError(f'{path} is missing; {HOW}')
+    pairs = [line.split(maxsplit=1) for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
+    wrong = [pair for pair in pairs if len(pair) != 2 or not pair[0].isdigit()]
+    if wrong or not pairs:
+        raise DataError(f'{path} holds {" ".join(wrong[0]) if wrong else "nothing"!r} where NUMBER REST is due; {HOW}')
+    return {number: rest.strip() for number, rest in pairs}

@@ -1,0 +1,71 @@
+"""Accuracy of a classifier, and what it confuses."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.evaluator import BaseMetric
+from mmengine.logging import print_log
+
+__all__ = ['ClassificationMetric']
+
+
+class ClassificationMetric(BaseMetric):
+    """Top-k accuracy, mean accuracy of the classes, in percent; the pairs that are confused most often are logged.
+
+    Args:
+        topk: `top1`, `top5`, …; no more than there are classes.
+        confused: how many pairs (true class, class found) are logged.
+        outfile: a JSON file for what was found in each image, by its path: class, label and whether they agree.
+    """
+
+    def __init__(
+        self,
+        topk: Sequence[int] = (1, 5),
+        confused: int = 5,
+        outfile: str | None = None,
+        collect_device: str = 'cpu',
+        prefix: str | None = None,
+    ) -> None:
+        super().__init__(collect_device=collect_device, prefix=prefix)
+        self.topk = tuple(topk)
+        self.confused = confused
+        self.outfile = outfile
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
+        """Keep the best classes of each image."""
+        for sample in data_samples:
+            count = min(max(self.topk), len(sample['scores']))
+            best = sample['scores'].topk(count).indices.tolist()
+            self.results.append((best, sample['label'], sample.get('img_path', '')))
+
+    def compute_metrics(self, results: list[tuple[list[int], int, str]]) -> dict[str, float]:
+        """Percentages over all images, and over classes that have any."""
+        labels = torch.tensor([label for _, label, _ in results])
+        right = torch.tensor([best[0] == label for best, label, _ in results], dtype=torch.float64)
+        metrics = {
+            f'top{k}': 100 * sum(label in best[:k] for best, label, _ in results) / len(results) for k in self.topk
+        }
+        per_class = [float(right[labels == label].mean()) for label in labels.unique()]
+        metrics['mean_class'] = 100 * sum(per_class) / len(per_class)
+        self._tell_confused(results)
+        if self.outfile is not None:
+            found = {path: {'found': best[0], 'label': label} for best, label, path in results}
+            Path(self.outfile).parent.mkdir(parents=True, exist_ok=True)
+            Path(self.outfile).write_text(json.dumps(found), encoding='utf-8')
+        return metrics
+
+    def _tell_confused(self, results: list[tuple[list[int], int, str]]) -> None:
+        classes = (self.dataset_meta or {}).get('classes')
+        pairs = Counter((label, best[0]) for best, label, _ in results if best[0] != label)
+        told = [
+            f'{classes[label] if classes else label} as {classes[found] if classes else found} ({count})'
+            for (label, found), count in pairs.most_common(self.confused)
+        ]
+        if told:
+            print_log(f'most often confused: {", ".join(told)}', logger='current')

@@ -1,0 +1,101 @@
+"""Data sets that torchvision knows: FGVC-Aircraft, Food-101, Flowers-102, Oxford-IIIT Pet, Stanford Cars, ImageNet."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torchvision.datasets
+
+from gplq.errors import DataError
+
+from .image_dataset import ImageDataset
+
+__all__ = ['SOURCES', 'TorchvisionDataset']
+
+# Where the files come from and how they lie below data_root.
+SOURCES = {
+    'FGVCAircraft': (
+        'https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/',
+        'fgvc-aircraft-2013b/data/{images/, images_variant_SPLIT.txt, variants.txt}',
+    ),
+    'Food101': ('https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/', 'food-101/{images/, meta/}'),
+    'Flowers102': (
+        'https://www.robots.ox.ac.uk/~vgg/data/flowers/102/',
+        'flowers-102/{jpg/, imagelabels.mat, setid.mat}',
+    ),
+    'OxfordIIITPet': (
+        'https://www.robots.ox.ac.uk/~vgg/data/pets/',
+        'oxford-iiit-pet/{images/, annotations/{trainval.txt, test.txt}}',
+    ),
+    'StanfordCars': (
+        'https://github.com/pytorch/vision/issues/7545 (its own server is gone)',
+        'stanford_cars/{cars_train/, cars_test/, cars_test_annos_withlabels.mat, devkit/cars_{meta,train_annos}.mat}',
+    ),
+    'ImageNet': ('https://image-net.org/download-images', '{train,val}/WNID/IMAGE.JPEG, meta.bin'),
+    'ImageFolder': ('your own images', 'CLASS/IMAGE'),
+}
+
+
+class TorchvisionDataset(ImageDataset):
+    """The images and classes of one of torchvision's data sets, read by the pipeline.
+
+    Args:
+        name: the class in `torchvision.datasets`, one of `SOURCES`.
+        data_root: what torchvision calls `root`.
+        split: as torchvision names it; `ImageFolder` takes the folder of this name, where it is given.
+        download: let torchvision fetch what it can.
+        options: the class's other arguments, such as `dict(annotation_level='family')`.
+
+    Raises:
+        DataError: the files are not there; the message says where they come from and how they must lie.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        data_root: str,
+        split: str | None = None,
+        download: bool = False,
+        options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if name not in SOURCES:
+            raise DataError(f'TorchvisionDataset: {name!r} is none of {sorted(SOURCES)}')
+        self.name = name
+        self.listing = self._listing(Path(data_root), split, download, options or {})
+        classes = getattr(self.listing, 'classes', None)
+        if classes is not None:
+            kwargs.setdefault('metainfo', {'classes': tuple(map(str, classes))})
+        super().__init__(data_root=data_root, **kwargs)
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """Every image of the split with its class."""
+        if self.name == 'OxfordIIITPet':
+            # The one class without `loader`, by which the others say what they would open.
+            pairs = list(zip(self.listing._images, self.listing._labels, strict=True))
+        else:
+            pairs = [self.listing[index] for index in range(len(self.listing))]
+        return [{'img_path': str(path), 'gt_label': int(label)} for path, label in pairs]
+
+    def _listing(self, root: Path, split: str | None, download: bool, options: dict[str, Any]) -> Any:
+        kind = getattr(torchvision.datasets, self.name)
+        arguments = dict(options)
+        known = inspect.signature(kind).parameters
+        if self.name == 'ImageFolder':
+            root = root / split if split else root
+        elif split is not None:
+            arguments['split'] = split
+        if 'download' in known:
+            arguments['download'] = download
+        if self.name != 'OxfordIIITPet':
+            arguments['loader'] = str
+        try:
+            return kind(root, **arguments)
+        except (RuntimeError, OSError, ValueError) as error:
+            where, how = SOURCES[self.name]
+            reason = ' '.join(str(error).split())
+            raise DataError(
+                f'{self.name} cannot be read from {root} ({reason}): get it from {where} and lay it out as {root}/{how}'
+            ) from error

@@ -1,0 +1,50 @@
+"""Weights from a file into a timm model, or into the feature model that timm makes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
+from torch import Tensor, nn
+
+from gplq.plugins.pretrained import fit_backbone_state
+
+__all__ = ['BACKBONE', 'fit_timm_state', 'inside_backbone']
+
+# Of a detector's or classifier's backbone among its other parts.
+BACKBONE = 'backbone.'
+
+
+def inside_backbone(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The backbone's tensors under its own names, where a state has parts; else the state itself."""
+    inside = {name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)}
+    return inside or state
+
+
+def fit_timm_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Pick the tensors of ``model`` from a timm classifier's, a feature model's or a detector's state.
+
+    Positions and Swin's tables of biases are resized to those of ``model``.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape, as it would when ``source`` holds another architecture.
+    """
+    own = model.state_dict()
+    names = {_flat(name): name for name in own}
+    renamed = {names.get(_flat(name), name): value for name, value in inside_backbone(state).items()}
+    resized = {name: _with_windows_of(own, name, value) for name, value in renamed.items()}
+    return fit_backbone_state(model, resized, source)
+
+
+def _flat(name: str) -> str:
+    """Name a tensor alike in a classifier and in timm's feature model, whose `layers.0` is `layers_0`."""
+    return name.removeprefix('model.').replace('.', '_')
+
+
+def _with_windows_of(own: Mapping[str, Tensor], name: str, value: Tensor) -> Tensor:
+    """Resize Swin's table of ((2 h - 1) (2 w - 1), heads) biases to the windows of this model, which are square."""
+    if not name.endswith('relative_position_bias_table') or name not in own or value.shape == own[name].shape:
+        return value
+    side = (math.isqrt(len(own[name])) + 1) // 2
+    return resize_rel_pos_bias_table(value, (side, side), tuple(own[name].shape))

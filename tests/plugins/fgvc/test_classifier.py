@@ -1,0 +1,100 @@
+"""A timm model in two parts computes what timm's own does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from gplq.plugins.fgvc import TimmClassifier
+
+VIT = dict(img_size=32, patch_size=8, depth=2, embed_dim=24, num_heads=3)
+SWIN = dict(img_size=32, window_size=4, embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
+MODELS = [('vit_tiny_patch16_224', VIT), ('swin_tiny_patch4_window7_224', SWIN), ('deit_tiny_patch16_224', VIT)]
+
+
+@pytest.mark.parametrize(('name', 'settings'), MODELS)
+def test_logits_are_those_of_the_classifier_in_the_file(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    classifier = timm.create_model(name, num_classes=5, **settings).eval()
+    save_file(classifier.state_dict(), tmp_path / 'model.safetensors')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'model.safetensors'))
+    model = TimmClassifier(name, num_classes=5, model_args=settings, init_cfg=init_cfg)
+    model.init_weights()
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(x), classifier(x), atol=1e-6)
+    # And those of our own checkpoint, whose head has another place.
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'ours.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'ours.pth'))
+    again = TimmClassifier(name, num_classes=5, model_args=settings, init_cfg=init_cfg)
+    again.init_weights()
+    with torch.no_grad():
+        assert torch.equal(again.eval()(x), model(x))
+
+
+def test_a_head_of_other_classes_is_fresh_and_positions_are_resized(tmp_path: Path) -> None:
+    classifier = timm.create_model('vit_tiny_patch16_224', num_classes=5, **VIT)
+    save_file(classifier.state_dict(), tmp_path / 'model.safetensors')
+    model = TimmClassifier(
+        'vit_tiny_patch16_224',
+        num_classes=7,
+        model_args={**VIT, 'img_size': 64},
+        init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'model.safetensors')),
+    )
+    model.init_weights()
+    assert tuple(model(torch.rand(1, 3, 64, 64)).shape) == (1, 7)
+    assert torch.equal(model.backbone.blocks[1].mlp.fc1.weight, classifier.blocks[1].mlp.fc1.weight)
+
+
+def test_loss_and_predictions() -> None:
+    model = TimmClassifier('vit_tiny_patch16_224', num_classes=5, model_args=VIT, label_smoothing=0.1).eval()
+    x, labels = torch.rand(3, 3, 32, 32), [4, 0, 2]
+    with torch.no_grad():
+        logits = model(x)
+        loss = model(x, labels, mode='loss')['loss_cls']
+        found = model(x, labels, mode='predict', img_path=['a', 'b', 'c'])
+    smooth = 0.9 * F.one_hot(torch.tensor(labels), 5) + 0.1 / 5
+    assert float(loss) == pytest.approx(float(-(smooth * logits.log_softmax(-1)).sum(-1).mean()), rel=1e-5)
+    assert [(sample['label'], sample['img_path']) for sample in found] == [(4, 'a'), (0, 'b'), (2, 'c')]
+    assert torch.allclose(torch.stack([sample['scores'] for sample in found]).sum(-1), torch.ones(3))
+
+
+def test_a_frozen_backbone_is_run_as_in_evaluation_and_takes_no_gradient() -> None:
+    settings = {**VIT, 'drop_path_rate': 0.5}
+    model = TimmClassifier('vit_tiny_patch16_224', num_classes=5, model_args=settings, frozen=True).train()
+    x = torch.rand(2, 3, 32, 32)
+    assert not model.backbone.training and model.head.training
+    model(x, [0, 1], mode='loss')['loss_cls'].backward()
+    assert model.head.weight.grad is not None
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
+    # Features from a cache give the same.
+    with torch.no_grad():
+        assert torch.equal(model.backbone(x), model.features(x))
+        assert torch.equal(model(model.features(x)), model(x))
+
+
+def test_mixed_labels_keep_their_weight() -> None:
+    torch.manual_seed(0)
+    model = TimmClassifier('vit_tiny_patch16_224', num_classes=5, model_args=VIT, mixup=dict(mixup_alpha=1.0)).train()
+    loss = model(torch.rand(4, 3, 32, 32), [0, 1, 2, 3], mode='loss')['loss_cls']
+    # A fresh head is unsure: whatever is mixed, about log 5.
+    assert float(loss) == pytest.approx(torch.log(torch.tensor(5.0)).item(), abs=0.3)
+
+
+def test_unknown_model_is_named() -> None:
+    with pytest.raises(ValueError, match="no model 'vit_huge'"):
+        TimmClassifier('vit_huge', num_classes=2)
+
+
+def test_nothing_of_detection_is_imported() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, gplq.plugins.fgvc; sys.exit(any(n.split('.')[0] in ('mmcv', 'mmdet') for n in sys.modules))"
+    assert subprocess.run([sys.executable, '-c', code]).returncode == 0

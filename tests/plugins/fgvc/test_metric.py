@@ -1,0 +1,43 @@
+"""Accuracies counted by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gplq.plugins.fgvc import ClassificationMetric
+
+# Three classes; what is found, in order of score, and the label. Right: 1 of 3 of class 0, 1 of 1 of class 2.
+SAMPLES = [([0, 1, 2], 0), ([1, 0, 2], 0), ([1, 2, 0], 0), ([2, 0, 1], 2)]
+
+
+def samples() -> list[dict[str, object]]:
+    scores = [torch.zeros(3).index_put((torch.tensor(order),), torch.tensor([0.6, 0.3, 0.1])) for order, _ in SAMPLES]
+    return [
+        {'scores': score, 'label': label, 'img_path': f'{number}.jpg'}
+        for number, (score, (_, label)) in enumerate(zip(scores, SAMPLES, strict=True))
+    ]
+
+
+def test_accuracies_in_percent_over_images_and_over_classes(tmp_path: Path) -> None:
+    metric = ClassificationMetric(topk=(1, 2, 5), outfile=str(tmp_path / 'found' / 'test.json'))
+    metric.process(None, samples())
+    assert metric.evaluate(4) == pytest.approx(
+        {'top1': 50.0, 'top2': 75.0, 'top5': 100.0, 'mean_class': 100 * (1 / 3 + 1) / 2}
+    )
+    found = json.loads((tmp_path / 'found' / 'test.json').read_text())
+    assert found['1.jpg'] == {'found': 1, 'label': 0} and found['3.jpg'] == {'found': 2, 'label': 2}
+
+
+def test_confused_pairs_are_told_by_name(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    metric = ClassificationMetric(topk=(1,))
+    metric.dataset_meta = {'classes': ('crow', 'raven', 'rook')}
+    metric.process(None, samples())
+    told: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('gplq.plugins.fgvc.metric.print_log', lambda text, logger: told.append(text))
+        metric.evaluate(4)
+    assert told == ['most often confused: crow as raven (2)']

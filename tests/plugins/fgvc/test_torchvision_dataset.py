@@ -1,0 +1,125 @@
+"""Each data set of torchvision on a miniature of the layout that its publishers give it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.io
+from PIL import Image
+
+from gplq.errors import DataError
+from gplq.plugins.fgvc import LoadImage, TorchvisionDataset
+from gplq.plugins.fgvc.torchvision_dataset import SOURCES
+
+
+def draw(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((4, 6, 3), 90, np.uint8)).save(path)
+
+
+def aircraft(root: Path) -> None:
+    data = root / 'fgvc-aircraft-2013b' / 'data'
+    for name in ('0001', '0002'):
+        draw(data / 'images' / f'{name}.jpg')
+    (data / 'variants.txt').write_text('707-320\n727-200\n')
+    (data / 'images_variant_test.txt').write_text('0001 727-200\n0002 707-320\n')
+
+
+def food(root: Path) -> None:
+    for name in ('waffles/1', 'apple_pie/2'):
+        draw(root / 'food-101' / 'images' / f'{name}.jpg')
+    meta = root / 'food-101' / 'meta'
+    meta.mkdir()
+    (meta / 'test.json').write_text('{"waffles": ["waffles/1"], "apple_pie": ["apple_pie/2"]}')
+
+
+def flowers(root: Path) -> None:
+    data = root / 'flowers-102'
+    for number in (1, 2):
+        draw(data / 'jpg' / f'image_{number:05d}.jpg')
+    scipy.io.savemat(data / 'imagelabels.mat', {'labels': np.array([[2, 1]])})
+    scipy.io.savemat(
+        data / 'setid.mat', {'trnid': np.array([[1]]), 'valid': np.array([[1]]), 'tstid': np.array([[1, 2]])}
+    )
+
+
+def pets(root: Path) -> None:
+    data = root / 'oxford-iiit-pet'
+    for name in ('Bengal_1', 'Abyssinian_2'):
+        draw(data / 'images' / f'{name}.jpg')
+    (data / 'annotations').mkdir()
+    (data / 'annotations' / 'test.txt').write_text('Bengal_1 2 1 2\nAbyssinian_2 1 1 1\n')
+
+
+def cars(root: Path) -> None:
+    data = root / 'stanford_cars'
+    for name in ('00001', '00002'):
+        draw(data / 'cars_test' / f'{name}.jpg')
+    (data / 'devkit').mkdir()
+    scipy.io.savemat(
+        data / 'devkit' / 'cars_meta.mat', {'class_names': np.array(['AM General Hummer', 'Acura RL'], dtype=object)}
+    )
+    kind = np.dtype([('fname', object), ('class', object)])
+    annotations = np.array([('00001.jpg', 2), ('00002.jpg', 1)], dtype=kind)
+    scipy.io.savemat(data / 'cars_test_annos_withlabels.mat', {'annotations': annotations})
+
+
+def folder(root: Path) -> None:
+    draw(root / 'test' / 'b' / '1.png')
+    draw(root / 'test' / 'a' / '2.png')
+
+
+def imagenet(root: Path) -> None:
+    import torch
+
+    draw(root / 'val' / 'n02' / '1.JPEG')
+    draw(root / 'val' / 'n01' / '2.JPEG')
+    torch.save(({'n01': ('tench',), 'n02': ('goldfish',)}, []), root / 'meta.bin')
+
+
+MINIATURES: dict[str, tuple[Callable[[Path], None], str]] = {
+    'FGVCAircraft': (aircraft, 'test'),
+    'Food101': (food, 'test'),
+    'Flowers102': (flowers, 'test'),
+    'OxfordIIITPet': (pets, 'test'),
+    'StanfordCars': (cars, 'test'),
+    'ImageFolder': (folder, 'test'),
+    'ImageNet': (imagenet, 'val'),
+}
+
+
+def test_every_data_set_has_a_miniature() -> None:
+    assert set(MINIATURES) == set(SOURCES)
+
+
+@pytest.mark.parametrize('name', list(MINIATURES))
+def test_published_layout(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The one class that compares the files' published checksums.
+    monkeypatch.setattr('torchvision.datasets.flowers102.check_integrity', lambda path, md5: Path(path).is_file())
+    make, split = MINIATURES[name]
+    make(tmp_path)
+    dataset = TorchvisionDataset(name, str(tmp_path), split=split, pipeline=[LoadImage()])
+    found: dict[str, Any] = {}
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        assert sample['img'].size == (6, 4)
+        found[Path(sample['img_path']).stem.rpartition('_')[2].lstrip('0')] = sample['gt_label']
+    # In each miniature the first image is of the second class.
+    assert found == {'1': 1, '2': 0}
+
+
+@pytest.mark.parametrize('name', list(MINIATURES))
+def test_a_missing_download_says_where_it_comes_from_and_how_it_must_lie(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as error:
+        TorchvisionDataset(name, str(tmp_path / 'nothing'), split=MINIATURES[name][1])
+    where, how = SOURCES[name]
+    assert where in str(error.value) and how in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_unknown_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="'CIFAR10' is none of .*Food101"):
+        TorchvisionDataset('CIFAR10', str(tmp_path))

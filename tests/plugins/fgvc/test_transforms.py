@@ -1,0 +1,44 @@
+"""Pipelines of timm's and torchvision's transforms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gplq.plugins.fgvc import LoadImage, PackImage, TimmTransform, TorchvisionTransform
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def test_timms_evaluation_normalizes() -> None:
+    image = Image.fromarray(np.full((40, 40, 3), 255, np.uint8))
+    step = TimmTransform(input_size=(3, 32, 32), is_training=False, mean=MEAN, std=STD, crop_pct=1.0)
+    found = step({'img': image})['img']
+    assert tuple(found.shape) == (3, 32, 32)
+    assert torch.allclose(found[:, 5, 7], (1 - torch.tensor(MEAN)) / torch.tensor(STD), atol=1e-5)
+
+
+def test_torchvisions_transforms_by_name() -> None:
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    step = TorchvisionTransform([dict(type='CenterCrop', size=2), dict(type='PILToTensor')])
+    expected = torch.from_numpy(np.asarray(image)[1:3, 1:3].copy()).permute(2, 0, 1)
+    assert torch.equal(step({'img': image})['img'], expected)
+    with pytest.raises(ValueError, match="no 'CentreCrop'"):
+        TorchvisionTransform([dict(type='CentreCrop', size=2)])
+
+
+def test_grey_images_are_read_in_three_channels(tmp_path: Path) -> None:
+    Image.fromarray(np.full((3, 5), 7, np.uint8)).save(tmp_path / 'grey.png')
+    packed = PackImage()(LoadImage()({'img_path': str(tmp_path / 'grey.png'), 'gt_label': 4}))
+    assert packed['inputs'].mode == 'RGB' and packed['labels'] == 4 and packed['img_path'].endswith('grey.png')
+
+
+def test_boxes_beyond_the_image_keep_a_pixel(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((3, 5), np.uint8)).save(tmp_path / 'a.png')
+    for box in ([9.0, 9.0, 2.0, 2.0], [-4.0, -4.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]):
+        size = LoadImage()({'img_path': str(tmp_path / 'a.png'), 'box': box})['img'].size
+        assert min(size) >= 1
