@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import gplq.plugins.detection  # noqa: F401  isort: skip
@@ -11,10 +12,12 @@ from mmdet.registry import DATASETS, MODELS, TRANSFORMS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
+from PIL import Image
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
-# fine-grained classification has tests of its own
 LEAVES = sorted(path.name for path in CONFIGS.glob('*rcnn*.py'))
+CLASSIFIERS = sorted(path.name for path in CONFIGS.glob('*.py') if 'rcnn' not in path.name)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -73,3 +76,22 @@ def test_two_lines_turn_a_config_into_gplqs(name: str) -> None:
 def test_config_opens_with_its_command(name: str) -> None:
     head = (CONFIGS / name).read_text(encoding='utf-8').split('_base_')[0]
     assert f'#   python tools/train.py configs/{name} ' in head or f'configs/{name}\n' in head
+
+
+@pytest.mark.parametrize('name', CLASSIFIERS)
+def test_classifier_can_be_built_and_its_pipelines_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('GPLQ_DATA_ROOT', '/disk/data')
+    cfg = Config.fromfile(CONFIGS / name)
+    init_default_scope('mmengine')
+    model = MODELS.build(cfg.model)
+    size = model.backbone.img_size
+    assert tuple(model.eval()(torch.zeros(1, 3, *size)).shape) == (1, cfg.model.num_classes)
+    image = Image.new('RGB', (90, 70))
+    for split in ('train', 'val', 'test'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        assert dataset.data_root == '/disk/data'
+        assert inspect.isclass(DATASETS.get(dataset.type))
+        *_, transform, pack = [TRANSFORMS.build(step) for step in dataset.pipeline]
+        packed = pack(transform({'img': image, 'gt_label': 3, 'img_path': 'a.jpg'}))
+        assert tuple(packed['inputs'].shape) == (3, *size) and packed['labels'] == 3
+    assert build_optim_wrapper(model, cfg.optim_wrapper).param_groups

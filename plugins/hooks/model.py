@@ -77,9 +77,11 @@ def whole_forward(model: nn.Module, batch: Any) -> Any:
     """Runs the whole model on a batch, every head included.
 
     A second stage sees objects only where the first has found some, except in training, which adds the ground truth
-    to its proposals. Models of one stage predict: some compute their loss only in training mode.
+    to its proposals. Detectors of one stage predict: some compute their loss only in training mode. Classifiers,
+    which have one `head`, give their logits, by which the last layer is known.
     """
-    return model(**preprocess(model, batch), mode='loss' if hasattr(model, 'roi_head') else 'predict')
+    mode = 'loss' if hasattr(model, 'roi_head') else 'tensor' if hasattr(model, 'head') else 'predict'
+    return model(**preprocess(model, batch), mode=mode)
 
 
 def preprocess(model: nn.Module, batch: Any) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""A classifier from its data set to 4 bits in a Runner, by the same hook as detectors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+
+from gplq.plugins.hooks.restore_hook import RestoreHook
+from gplq.record import record_of
+
+_numbers = itertools.count()
+FGVC = 'gplq.plugins.fgvc.'
+
+
+def loader(root: Path, split: str, training: bool) -> dict[str, Any]:
+    transform = dict(type=FGVC + 'TimmTransform', input_size=(3, 16, 16), is_training=training)
+    pipeline = [dict(type=FGVC + 'LoadImage'), transform, dict(type=FGVC + 'PackImage')]
+    dataset = dict(type=FGVC + 'CUBDataset', data_root=str(root), split=split, pipeline=pipeline, crop=True)
+    sampler = dict(type='DefaultSampler', shuffle=training)
+    return dict(batch_size=2, num_workers=0, dataset=dataset, sampler=sampler)
+
+
+@pytest.fixture
+def make_config(cub_root: Path, tmp_path: Path) -> Callable[..., Config]:
+    """The config of a tiny ViT on the miniature of CUB; arguments are the hook's."""
+    settings = dict(img_size=16, patch_size=4, depth=2, embed_dim=24, num_heads=3)
+    model = dict(type=FGVC + 'TimmClassifier', model_name='vit_tiny_patch16_224', num_classes=3, model_args=settings)
+
+    def make(work_dir: str = 'run', **hook: Any) -> Config:
+        name = f'fgvc{next(_numbers)}'
+        few = dict(calibration_samples=4, exponents=(0.0, 1.0), clips=(1.0,))
+        gplq = dict(
+            type='gplq.plugins.GPLQHook',
+            weight_bits=4,
+            activation_bits=4,
+            iterations=2,
+            targets=['backbone', 'head'],
+            recipe=few,
+            stage=dict(pca_samples=4, rank=4),
+        )
+        return Config(
+            dict(
+                model=model,
+                train_dataloader=loader(cub_root, 'train', True),
+                val_dataloader=loader(cub_root, 'test', False),
+                test_dataloader=loader(cub_root, 'test', False),
+                val_evaluator=dict(type=FGVC + 'ClassificationMetric', topk=(1, 2)),
+                test_evaluator=dict(type=FGVC + 'ClassificationMetric', topk=(1, 2)),
+                train_cfg=dict(by_epoch=True, max_epochs=30, val_interval=1),
+                val_cfg=dict(),
+                test_cfg=dict(),
+                optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
+                default_hooks=dict(gplq={**gplq, **hook}),
+                work_dir=str(tmp_path / work_dir),
+                experiment_name=name,
+                default_scope='mmengine',
+                load_from=str(tmp_path / 'fp32.pth'),
+            )
+        )
+
+    torch.manual_seed(0)
+    built = MODELS.build(make().model)
+    torch.save({'state_dict': built.state_dict()}, tmp_path / 'fp32.pth')
+    return make
+
+
+def test_three_steps_and_a_checkpoint_that_gives_them_back(make_config: Callable[..., Config]) -> None:
+    runner = Runner.from_cfg(make_config())
+    runner.train()
+    steps = json.loads((Path(runner.work_dir) / 'gplq.json').read_text())
+    assert [step['step'] for step in steps] == ['FP32', 'W32A4', 'W4A4']
+    assert set(steps[0]['metrics']) == {'top1', 'top2', 'mean_class'}
+    plan = record_of(runner.model).plan
+    bits = {item.name: item.weight_bits for item in plan.maps}
+    assert bits['head'] == bits['backbone.patch_embed.proj'] == 8 and bits['backbone.blocks.1.mlp.fc2'] == 4
+    assert len(plan.products) == 4
+
+    config = make_config('test')
+    config.default_hooks.pop('gplq')
+    config.load_from = steps[-1]['checkpoint']
+    tested = Runner.from_cfg(config)
+    tested.register_hook(RestoreHook())
+    assert tested.test() == pytest.approx(steps[-1]['metrics'])
+
+
+def test_without_labels(make_config: Callable[..., Config]) -> None:
+    config = make_config(label_free=True, targets=['backbone'])
+    runner = Runner.from_cfg(config)
+    runner.train()
+    before = torch.load(config.load_from, weights_only=True)['state_dict']
+    assert torch.equal(runner.model.head.weight, before['head.weight'])
+    assert not torch.equal(runner.model.backbone.cls_token, before['backbone.cls_token'])
