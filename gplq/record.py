@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from torch import nn
@@ -19,6 +19,7 @@ __all__ = [
     'Record',
     'Stage',
     'floating_point',
+    'forget',
     'is_prepared',
     'map_of',
     'named_products',
@@ -70,6 +71,25 @@ def record_of(model: nn.Module, *stages: Stage) -> Record:
         wanted = ' or '.join(stage.value for stage in stages)
         raise StageError(f'{type(model).__name__} is {record.stage.value}, this needs a model that is {wanted}')
     return record
+
+
+def forget(model: nn.Module, name: str) -> None:
+    """Take a submodule out of the plan, because a floating-point one has taken its place."""
+    record = record_of(model)
+
+    def kept(other: str) -> bool:
+        return other != name and not other.startswith(f'{name}.')
+
+    plan = record.plan
+    record.plan = replace(
+        plan,
+        maps=tuple(a_map for a_map in plan.maps if kept(a_map.name)),
+        products=tuple(product for product in plan.products if kept(product.owner)),
+        owners=tuple(owner for owner in plan.owners if kept(owner.name)),
+        multiheads=tuple(filter(kept, plan.multiheads)),
+        blocks=tuple(filter(kept, plan.blocks)),
+        norms=tuple(pair for pair in plan.norms if all(map(kept, pair))),
+    )
 
 
 def map_of(model: nn.Module, plan: MapPlan) -> LinearMap:

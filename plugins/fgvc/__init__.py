@@ -9,6 +9,7 @@ if _missing:
 
 from .classifier import TimmClassifier  # noqa: E402
 from .cub import CUBDataset  # noqa: E402
+from .feature_cache import FeatureCacheHook  # noqa: E402
 from .metric import ClassificationMetric  # noqa: E402
 from .torchvision_dataset import TorchvisionDataset  # noqa: E402
 from .transforms import LoadImage, PackImage, TimmTransform, TorchvisionTransform  # noqa: E402
@@ -16,6 +17,7 @@ from .transforms import LoadImage, PackImage, TimmTransform, TorchvisionTransfor
 __all__ = [
     'CUBDataset',
     'ClassificationMetric',
+    'FeatureCacheHook',
     'LoadImage',
     'PackImage',
     'TimmClassifier',

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModel, ImgDataPreprocessor
+from safetensors import SafetensorError, safe_open
 from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import gplq
+from gplq.errors import CheckpointError, StageError
 from gplq.plugins.pretrained import read_state_dict
 from gplq.plugins.timm_weights import fit_timm_state
+from gplq.record import forget
 
 __all__ = ['TimmClassifier']
 
@@ -34,7 +39,8 @@ class TimmClassifier(BaseModel):
         mixup: options of `timm.data.Mixup`, such as `dict(mixup_alpha=0.8, cutmix_alpha=1.0)`; None mixes nothing.
         frozen: train the head alone on features of the backbone as evaluation gives them: a linear probe.
         init_cfg: `dict(type='Pretrained', checkpoint=PATH)` starts from a timm classifier's or this class's weights in
-            a file; a head of another number of classes is left fresh.
+            a file; a head of another number of classes is left fresh. `dict(type='Quantized', checkpoint=PATH)` takes
+            the backbone of a classifier that `gplq.save` wrote, whose weights are final, so `frozen` goes with it.
     """
 
     def __init__(
@@ -73,6 +79,9 @@ class TimmClassifier(BaseModel):
     def init_weights(self) -> None:
         """Read the file of `init_cfg`; timm has initialized the backbone otherwise."""
         if self.init_cfg is None:
+            return
+        if isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Quantized':
+            self._take_quantized(self.init_cfg['checkpoint'])
             return
         if not isinstance(self.init_cfg, dict) or self.init_cfg['type'] != 'Pretrained':
             super().init_weights()
@@ -143,6 +152,17 @@ class TimmClassifier(BaseModel):
             for row, label, name in zip(scores, labels, names, strict=True)
         ]
 
+    def _take_quantized(self, path: str) -> None:
+        if not self.frozen:
+            raise StageError(f'{path} holds rounded weights, which cannot be trained: set frozen=True')
+        fresh = self.head
+        self.head = nn.Linear(fresh.in_features, _classes_in(path))
+        gplq.load(self, path)
+        # The classes of another data set: a head of its own, in floating point.
+        self.head = fresh
+        forget(self, 'head')
+        print_log(f'TimmClassifier: quantized backbone from {path}, head fresh', logger='current')
+
     def _head_in(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """Weight and bias of the head, where the file has one of these classes."""
         backbone: Any = self.backbone
@@ -153,6 +173,17 @@ class TimmClassifier(BaseModel):
             if all(tensor is not None and tensor.shape == getattr(self.head, n).shape for n, tensor in found.items()):
                 return {part: tensor for part, tensor in found.items() if tensor is not None}
         return None
+
+
+def _classes_in(path: str) -> int:
+    """Outputs of the head in a file that `gplq.save` wrote."""
+    if not Path(path).is_file():
+        raise CheckpointError(f'{path} does not exist')
+    try:
+        with safe_open(path, framework='pt') as file:
+            return int(file.get_slice('head.bias').get_shape()[0])
+    except SafetensorError as error:
+        raise CheckpointError(f'{path} holds no quantized TimmClassifier ({error})') from None
 
 
 def _input_size(model: nn.Module) -> tuple[int, int]:

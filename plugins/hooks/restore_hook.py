@@ -11,8 +11,10 @@ from gplq.errors import CheckpointError
 from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
 from gplq.plugins.hooks.checkpoints import quantization_of
 from gplq.plugins.hooks.gplq_hook import GPLQHook
-from gplq.plugins.hooks.model import trains
+from gplq.plugins.hooks.model import model_of, trains
 from gplq.plugins.hooks.weight_ptq_hook import WeightPTQHook
+from gplq.record import is_prepared
+from gplq.serialization import describe
 
 __all__ = ['RestoreHook']
 
@@ -25,6 +27,12 @@ class RestoreHook(Hook):
     """
 
     priority = 'ABOVE_NORMAL'
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Keep the quantization of a model that was built with it, such as the frozen backbone of a linear probe."""
+        model = model_of(runner)
+        if is_prepared(model):
+            checkpoint['meta'].setdefault('gplq', describe(model))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         ours = (ActivationQATHook, GPLQHook, WeightPTQHook)

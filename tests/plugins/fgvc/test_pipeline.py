@@ -14,6 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
+from gplq.errors import CheckpointError, DataError, StageError
 from gplq.plugins.hooks.restore_hook import RestoreHook
 from gplq.record import record_of
 
@@ -99,3 +100,90 @@ def test_without_labels(make_config: Callable[..., Config]) -> None:
     before = torch.load(config.load_from, weights_only=True)['state_dict']
     assert torch.equal(runner.model.head.weight, before['head.weight'])
     assert not torch.equal(runner.model.backbone.cls_token, before['backbone.cls_token'])
+
+
+@pytest.fixture
+def probe(make_config: Callable[..., Config], cub_root: Path, tmp_path: Path) -> Callable[..., Config]:
+    """A linear probe on a backbone in a file: three epochs on images as evaluation sees them."""
+
+    def make(name: str, init_cfg: dict[str, Any], classes: int = 3, cached: bool = False) -> Config:
+        config = make_config(name)
+        config.default_hooks.pop('gplq')
+        config.load_from = None
+        config.model.update(frozen=True, init_cfg=init_cfg, num_classes=classes)
+        config.train_dataloader = loader(cub_root, 'train', False)
+        config.train_dataloader['sampler'] = dict(type='DefaultSampler', shuffle=True)
+        config.train_cfg.max_epochs = 3
+        config.optim_wrapper.optimizer = dict(type='AdamW', lr=1e-3)
+        config.randomness = dict(seed=0)
+        if cached:
+            config.custom_hooks = [dict(type=FGVC + 'FeatureCacheHook', folder=str(tmp_path / 'features'))]
+        return config
+
+    return make
+
+
+def trained(config: Config) -> Runner:
+    runner = Runner.from_cfg(config)
+    runner.register_hook(RestoreHook())
+    runner.train()
+    return runner
+
+
+def test_a_probe_on_cached_features_is_the_probe_on_images(
+    probe: Callable[..., Config], make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    init_cfg = dict(type='Pretrained', checkpoint=make_config().load_from)
+    plain, cached, again = (
+        trained(probe(name, init_cfg, cached=name != 'plain')) for name in ('plain', 'cached', 'again')
+    )
+    fresh = torch.load(init_cfg['checkpoint'], weights_only=True)['state_dict']
+    assert not torch.allclose(plain.model.head.weight, fresh['head.weight'], atol=1e-4)
+    # Images are run one by one for the cache and two by two without it.
+    assert torch.allclose(cached.model.head.weight, plain.model.head.weight, atol=1e-5)
+    assert torch.equal(again.model.head.weight, cached.model.head.weight)
+    assert torch.equal(plain.model.backbone.pos_embed, fresh['backbone.pos_embed'])
+    assert len(list((tmp_path / 'features').iterdir())) == 2, 'one file for training, one for validation'
+
+
+def test_a_probe_on_a_quantized_backbone_and_its_checkpoint(
+    probe: Callable[..., Config], make_config: Callable[..., Config]
+) -> None:
+    quantized = Runner.from_cfg(make_config())
+    quantized.train()
+    artifact = json.loads((Path(quantized.work_dir) / 'gplq.json').read_text())[-1]['artifact']
+    config = probe('probe', dict(type='Quantized', checkpoint=artifact), classes=3, cached=True)
+    runner = trained(config)
+    image = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(runner.model.eval().backbone(image), quantized.model.eval().backbone(image))
+    assert type(runner.model.head) is torch.nn.Linear
+    assert 'head' not in {a_map.name for a_map in record_of(runner.model).plan.maps}
+
+    test = probe('test', dict(type='Quantized', checkpoint=artifact))
+    test.load_from = str(Path(runner.work_dir) / 'epoch_3.pth')
+    tested = Runner.from_cfg(test)
+    tested.register_hook(RestoreHook())
+    tested.test()
+    with torch.no_grad():
+        assert torch.equal(tested.model(image), runner.model(image))
+
+
+def test_what_a_probe_cannot_be(
+    probe: Callable[..., Config], make_config: Callable[..., Config], cub_root: Path
+) -> None:
+    init_cfg = dict(type='Pretrained', checkpoint=make_config().load_from)
+    config = probe('random', init_cfg, cached=True)
+    config.train_dataloader = loader(cub_root, 'train', True)
+    with pytest.raises(DataError, match='another image at every reading'):
+        trained(config)
+    config = probe('trained', init_cfg, cached=True)
+    config.model.frozen = False
+    with pytest.raises(DataError, match='set frozen=True'):
+        trained(config)
+    config = probe('thawed', dict(type='Quantized', checkpoint='w4a4.safetensors'))
+    config.model.frozen = False
+    with pytest.raises(StageError, match='rounded weights, which cannot be trained: set frozen=True'):
+        trained(config)
+    with pytest.raises(CheckpointError, match='nothing.safetensors does not exist'):
+        trained(probe('missing', dict(type='Quantized', checkpoint='nothing.safetensors')))
