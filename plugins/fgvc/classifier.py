@@ -32,7 +32,7 @@ class TimmClassifier(BaseModel):
     Args:
         model_name: as `timm.create_model` takes it.
         num_classes: outputs of the head.
-        pretrained: start from the weights that timm has of it.
+        pretrained: start from the weights that timm has of it, fetched when the weights are initialized.
         model_args: options of the model, such as `dict(img_size=448)`; positions are resized.
         drop_rate: dropout before the head.
         label_smoothing: of the cross-entropy.
@@ -60,8 +60,9 @@ class TimmClassifier(BaseModel):
         if ':' not in model_name and not timm.is_model(model_name.split('.')[0]):
             near = timm.list_models(f'*{model_name.split("_")[0]}*')[:5]
             raise ValueError(f'TimmClassifier: timm {timm.__version__} has no model {model_name!r}; it has {near}')
-        backbone: Any = timm.create_model(model_name, pretrained=pretrained, num_classes=0, **(model_args or {}))
+        backbone: Any = timm.create_model(model_name, num_classes=0, **(model_args or {}))
         self.backbone = backbone
+        self.model_name, self.pretrained, self.model_args = model_name, pretrained, dict(model_args or {})
         # What the backbone is made for, which the hooks run it on.
         backbone.img_size = _input_size(backbone)
         self.dropout = nn.Dropout(drop_rate)
@@ -79,6 +80,9 @@ class TimmClassifier(BaseModel):
     def init_weights(self) -> None:
         """Read the file of `init_cfg`; timm has initialized the backbone otherwise."""
         if self.init_cfg is None:
+            if self.pretrained:
+                whole = timm.create_model(self.model_name, pretrained=True, **self.model_args)
+                self._take(whole.state_dict(), f'{self.model_name} of timm')
             return
         if isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Quantized':
             self._take_quantized(self.init_cfg['checkpoint'])
@@ -87,7 +91,10 @@ class TimmClassifier(BaseModel):
             super().init_weights()
             return
         source = self.init_cfg['checkpoint']
-        state = read_state_dict(source)
+        self._take(read_state_dict(source), source)
+
+    def _take(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Weights of a timm classifier or of this class."""
         self.backbone.load_state_dict(fit_timm_state(self.backbone, state, source))
         head = self._head_in(state)
         if head is not None:

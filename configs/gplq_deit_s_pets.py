@@ -1,0 +1,9 @@
+# DeiT-S as deit_s_pets.py has fine-tuned it on Oxford-IIIT Pet, to 4-bit weights and activations.
+#   python tools/train.py configs/gplq_deit_s_pets.py --cfg-options data_root=data
+# Not measured yet.
+_base_ = './deit_s_pets.py'
+
+default_hooks = dict(
+    gplq=dict(type='gplq.plugins.GPLQHook', weight_bits=4, activation_bits=4, targets=['backbone', 'head'])
+)
+load_from = 'work_dirs/deit_s_pets/epoch_50.pth'

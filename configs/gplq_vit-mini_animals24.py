@@ -1,0 +1,9 @@
+# Animals: the fine-tuned classifier of vit-mini_animals24.py to 4-bit weights and activations.
+#   python tools/train.py configs/gplq_vit-mini_animals24.py --cfg-options data_root=data/animals24
+_base_ = './vit-mini_animals24.py'
+
+model = dict(init_cfg=None)  # load_from brings every weight
+default_hooks = dict(
+    gplq=dict(type='gplq.plugins.GPLQHook', weight_bits=4, activation_bits=4, targets=['backbone', 'head'])
+)
+load_from = 'work_dirs/vit-mini_animals24/epoch_50.pth'

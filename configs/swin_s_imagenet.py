@@ -1,0 +1,14 @@
+# Swin-S (50 M parameters) on ImageNet.
+# It is not trained here; first_checkpoint.py fetches its weights.
+#   python tools/first_checkpoint.py configs/swin_s_imagenet.py work_dirs/swin_s_imagenet/fp32.pth
+#   python tools/test.py configs/swin_s_imagenet.py work_dirs/swin_s_imagenet/fp32.pth
+_base_ = [
+    './_base_/models/classifier_swin_s.py',
+    './_base_/datasets/imagenet.py',
+    './_base_/schedule_classifier.py',
+    './_base_/fgvc_runtime.py',
+]
+
+model = dict(num_classes=_base_.num_classes)
+# The training that these weights have had; GPLQ takes one epoch.
+train_cfg = dict(max_epochs=300)
