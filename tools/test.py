@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.evaluator import DumpResults
@@ -13,6 +14,9 @@ from gplq.errors import GPLQError
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
 from gplq.plugins.hooks.restore_hook import RestoreHook
 from gplq.plugins.preflight import preflight
+from gplq.plugins.results import ResultRow, append_row, commit, file_sha256, repeat_command, versions
+from gplq.record import is_prepared
+from gplq.size import float_bytes
 
 EXAMPLE = 'example: python tools/test.py configs/mask_rcnn_vit-tiny_nuclei.py nuclei.pth --show-dir pictures'
 
@@ -25,6 +29,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', metavar='FILE.pkl', help='write the predictions')
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
     parser.add_argument('--show-dir', help='folder under the working directory for drawn predictions')
+    parser.add_argument('--rows', metavar='FILE.jsonl', help='append a row of results for each of --metrics, if FP32')
+    parser.add_argument('--benchmark', default='', help='name in these rows')
+    parser.add_argument('--split', default='test', help='in these rows (default: test)')
+    parser.add_argument('--metrics', nargs='+', default=['bbox_mAP'], help='in these rows (default: bbox_mAP)')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds a window stays (default: 2)')
     return parser.parse_args()
 
@@ -49,8 +57,41 @@ def dump(cfg: Config, path: str) -> DumpResults:
     return DumpResults(out_file_path=path)
 
 
+def write_rows(args: argparse.Namespace, runner: Runner, found: dict[str, float]) -> None:
+    """Rows of an FP32 model, such as another architecture to compare with."""
+    if is_prepared(runner.model):
+        raise GPLQError(f'--rows: {args.checkpoint} is quantized; tools/benchmark.py measures such models')
+    values = {name.rpartition('/')[2]: value for name, value in found.items()}
+    for metric in args.metrics:
+        if metric not in values:
+            raise GPLQError(f'--metrics {metric}: the evaluator gives {sorted(values)}')
+        row = ResultRow(
+            benchmark=args.benchmark,
+            split=args.split,
+            model=Path(args.config).stem.removesuffix(f'_{args.benchmark}'),
+            scope='backbone',
+            checkpoint_sha256=file_sha256(args.checkpoint),
+            method='fp32',
+            weight_bits=32,
+            activation_bits=32,
+            effective_bits=32.0,
+            seed=0,
+            metric=metric,
+            value=float(values[metric]),
+            minutes=None,
+            peak_memory_mb=None,
+            artifact_bytes=float_bytes(runner.model),
+            command=repeat_command(),
+            commit=commit(),
+            versions=versions(),
+        )
+        append_row(args.rows, row)
+
+
 def main() -> None:
     args = parse_args()
+    if args.rows and not args.benchmark:
+        raise GPLQError('--rows needs --benchmark NAME')
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
         raise GPLQError(f'--out {args.out}: predictions are pickled, so the name must end in .pkl or .pickle')
     cfg = read_config(args)
@@ -62,7 +103,9 @@ def main() -> None:
     runner.register_hook(RestoreHook())
     if args.out:
         runner.test_evaluator.metrics.append(dump(cfg, args.out))
-    runner.test()
+    found = runner.test()
+    if args.rows:
+        write_rows(args, runner, found)
 
 
 if __name__ == '__main__':

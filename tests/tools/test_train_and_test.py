@@ -17,6 +17,8 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+from gplq.plugins.results import read_rows
+
 ROOT = Path(__file__).parents[2]
 TRAIN, TEST = ROOT / 'tools/train.py', ROOT / 'tools/test.py'
 MMDET_TOOLS = Path(mmdet.__file__).parent / '.mim/tools'
@@ -47,6 +49,7 @@ def test_train_resume_and_test(tiny_detector_config: Path, tmp_path: Path) -> No
     assert (tmp_path / 'run/epoch_2.pth').is_file()
 
     arguments = [tiny_detector_config, 'run/epoch_2.pth', '--work-dir', 'ours', '--out', 'predictions.pkl']
+    arguments += ['--rows', 'rows.jsonl', '--benchmark', 'tiny', '--metrics', 'bbox_mAP', 'segm_mAP']
     done = run(TEST, *arguments, '--show-dir', 'pictures', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     predictions = pickle.loads((tmp_path / 'predictions.pkl').read_bytes())
@@ -60,6 +63,8 @@ def test_train_resume_and_test(tiny_detector_config: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     assert metrics(tmp_path / 'theirs') == metrics(tmp_path / 'ours')
     assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= set(metrics(tmp_path / 'ours'))
+    rows = {f'coco/{row.metric}': row.value for row in read_rows(tmp_path / 'rows.jsonl')}
+    assert rows == {name: metrics(tmp_path / 'ours')[name] for name in ('coco/bbox_mAP', 'coco/segm_mAP')}
 
 
 def test_quantized_checkpoint_is_measured_under_the_fp32_config(tiny_detector_config: Path, tmp_path: Path) -> None:
@@ -95,6 +100,7 @@ def test_mmdets_own_train_program_takes_our_configs(tiny_detector_config: Path, 
         (TRAIN, ['--cfg-options', 'data_root=none'], 'data root none (train_dataloader) does not exist'),
         (TRAIN, ['--resume', 'none.pth'], 'checkpoint none.pth (load_from) does not exist'),
         (TEST, ['none.pth'], 'checkpoint none.pth (load_from) does not exist'),
+        (TEST, ['none.pth', '--rows', 'rows.jsonl'], '--rows needs --benchmark NAME'),
         (TEST, ['none.pth', '--out', 'predictions.txt'], '--out predictions.txt: predictions are pickled'),
     ],
 )
