@@ -119,9 +119,9 @@ def blank_forward(model: nn.Module, settings: HookSettings) -> Callable[[nn.Modu
 
 
 def _native_size(part: nn.Module) -> tuple[int, int]:
-    """`img_size` of the part or of a module in it, else 224."""
+    """`img_size` of the part or of a module in it, in mmpretrain's patch embeddings `init_input_size`; else 224."""
     for module in part.modules():
-        for name in ('img_size', 'pretrain_img_size'):
+        for name in ('img_size', 'pretrain_img_size', 'init_input_size'):
             size = getattr(module, name, None)
             if isinstance(size, int):
                 return size, size
