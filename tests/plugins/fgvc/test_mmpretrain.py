@@ -27,7 +27,6 @@ TIMM = dict(
     model_name='vit_tiny_patch16_224',
     pretrained=False,
     features_only=True,
-    features_only=True,
     img_size=384,
     patch_size=96,
     depth=3,
