@@ -10,5 +10,3 @@ _base_ = [
 ]
 
 model = dict(num_classes=_base_.num_classes)
-# The training that these weights have had; GPLQ takes one epoch.
-train_cfg = dict(max_epochs=300)

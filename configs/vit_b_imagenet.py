@@ -10,8 +10,6 @@ _base_ = [
 ]
 
 model = dict(num_classes=_base_.num_classes)
-# The training that these weights have had; GPLQ takes one epoch.
-train_cfg = dict(max_epochs=300)
 
 # This model was trained on pixels between -1 and 1.
 _half = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

@@ -52,7 +52,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None])
             Path(temporary).unlink(missing_ok=True)
             raise
         _force_to_disk(path.parent)
-    except (OSError, SafetensorError) as error:
+    # torch.save says RuntimeError of a disk that is full.
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise WriteError(f'{path} cannot be written ({error}); what was there before is kept') from error
 
 

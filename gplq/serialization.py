@@ -186,7 +186,9 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             restore(trial, description)
             tensors = _read(trial, file, path)
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        if description.get(_HASH) != _fingerprint(stored, description):
+        if _HASH not in description:
+            raise CheckpointError(f'{path} has no hash of its contents: gplq.save writes one, so save the model anew')
+        if description[_HASH] != _fingerprint(stored, description):
             raise CheckpointError(f'{path} is damaged: its contents do not match the hash that was saved with them')
     except SafetensorError as error:
         raise CheckpointError(f'{path} is not a readable safetensors file ({error}): it may be truncated') from None

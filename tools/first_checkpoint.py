@@ -35,9 +35,11 @@ def main() -> None:
     cfg = read_config(args)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model = MODELS.build(cfg.model)
+    if cfg.model.get('init_cfg') is None and not cfg.model.get('pretrained'):
+        raise CheckpointError(f'{args.config}: its model starts from random weights: set model.init_cfg or pretrained')
     try:
         model.init_weights()
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f'{args.config}: {error}') from error
     write_atomically(args.output, lambda path: torch.save({'state_dict': model.state_dict()}, path))
     print(f'{len(model.state_dict())} tensors: {Path(args.output)}')

@@ -6,12 +6,14 @@ import argparse
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from gplq.errors import GPLQError
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
+from gplq.plugins.hooks.model import model_of
 from gplq.plugins.hooks.restore_hook import RestoreHook
 from gplq.plugins.preflight import preflight
 from gplq.plugins.results import ResultRow, append_row, commit, file_sha256, repeat_command, versions
@@ -59,7 +61,8 @@ def dump(cfg: Config, path: str) -> DumpResults:
 
 def write_rows(args: argparse.Namespace, runner: Runner, found: dict[str, float]) -> None:
     """Rows of an FP32 model, such as another architecture to compare with."""
-    if is_prepared(runner.model):
+    model = model_of(runner)
+    if is_prepared(model):
         raise GPLQError(f'--rows: {args.checkpoint} is quantized; tools/benchmark.py measures such models')
     values = {name.rpartition('/')[2]: value for name, value in found.items()}
     for metric in args.metrics:
@@ -80,7 +83,7 @@ def write_rows(args: argparse.Namespace, runner: Runner, found: dict[str, float]
             value=float(values[metric]),
             minutes=None,
             peak_memory_mb=None,
-            artifact_bytes=float_bytes(runner.model),
+            artifact_bytes=float_bytes(model),
             command=repeat_command(),
             commit=commit(),
             versions=versions(),
@@ -104,7 +107,7 @@ def main() -> None:
     if args.out:
         runner.test_evaluator.metrics.append(dump(cfg, args.out))
     found = runner.test()
-    if args.rows:
+    if args.rows and is_main_process():
         write_rows(args, runner, found)
 
 

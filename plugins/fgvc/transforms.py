@@ -9,6 +9,8 @@ import torchvision.transforms.v2 as torchvision_transforms
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 
+from gplq.errors import DataError
+
 __all__ = ['LoadImage', 'PackImage', 'TimmTransform', 'TorchvisionTransform']
 
 Results = dict[str, Any]
@@ -25,8 +27,13 @@ class LoadImage:
         self.margin = margin
 
     def __call__(self, results: Results) -> Results:
-        with Image.open(results['img_path']) as image:
-            picture = image.convert('RGB')
+        try:
+            with Image.open(results['img_path']) as image:
+                picture = image.convert('RGB')
+        except Exception as error:  # decoders raise anything
+            raise DataError(
+                f'{results["img_path"]} cannot be read as an image: {error}; mend it or take it out'
+            ) from error
         if results.get('box') is not None:
             picture = picture.crop(_within(results['box'], self.margin, picture.size))
         return {**results, 'img': picture}

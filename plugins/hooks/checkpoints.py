@@ -94,7 +94,10 @@ def _damage(path: str) -> str | None:
                     # Unpacking what nobody vouches for could take all memory.
                     return f'{member.filename} in it is compressed, which torch.save never does'
             changed = archive.testzip()
-            return changed and f'{changed} in it does not match its checksum'
+            return changed and (
+                f'{changed} in it does not match its checksum (unless it was written without, by '
+                'torch.serialization.set_crc32_options(False): then save it anew with)'
+            )
     except Exception as error:  # names, sizes and flags that nobody vouches for
         return f'{type(error).__name__}: {error}'
 

@@ -10,7 +10,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
 from gplq.activation_stage import parameter_groups, stage_iterations
-from gplq.errors import RecipeError
+from gplq.errors import DataError, RecipeError
 from gplq.plugins.hooks.model import model_of
 from gplq.plugins.hooks.settings import HookSettings
 from gplq.record import named_quantizers
@@ -65,6 +65,12 @@ def table(changes: list[Change]) -> str:
 def _set_length(runner: Runner, settings: HookSettings) -> list[Change]:
     loop = runner.train_loop
     epoch = len(loop.dataloader)
+    if epoch == 0:
+        samples, batch = len(loop.dataloader.dataset), loop.dataloader.batch_size
+        raise DataError(
+            f'the training data gives no batch: {samples} samples on this rank are less than a batch of {batch}, and '
+            'train_dataloader.drop_last=True drops them; lower batch_size or set drop_last=False'
+        )
     before = f'{loop.max_iters} iterations'
     by_epoch = not isinstance(loop, IterBasedTrainLoop)
     validation = f'every {loop.val_interval} {"epochs" if by_epoch else "iterations"}'

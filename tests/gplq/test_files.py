@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from gplq.errors import WriteError
 from gplq.files import write_atomically, write_bytes_atomically
@@ -100,6 +102,22 @@ def test_content_is_on_the_disk_before_the_name_moves(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, 'replace', move)
     write_bytes_atomically(tmp_path / 'file', b'content')
     assert done == ['sync file', 'move', 'sync folder']
+
+
+def test_a_full_disk_under_torch_save_is_named(tmp_path: Path) -> None:
+    resource = pytest.importorskip('resource')
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    (tmp_path / 'model.pth').write_bytes(b'old')
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        with pytest.raises(WriteError, match='model.pth cannot be written .*is kept'):
+            write_atomically(tmp_path / 'model.pth', lambda path: torch.save(torch.zeros(1000), path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ['model.pth']
+    assert (tmp_path / 'model.pth').read_bytes() == b'old'
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_corrupt_images_are_named_or_left_out_and_counted(cub_root: Path, capsys
     pipeline = [LoadImage()]
     whole = CUBDataset(str(cub_root), pipeline=pipeline)
     assert len(whole) == 6
-    with pytest.raises(OSError, match='bird_5.jpg'):
+    with pytest.raises(DataError, match='bird_5.jpg cannot be read as an image'):
         whole[4]
     assert numbers(CUBDataset(str(cub_root), pipeline=pipeline, corrupt='skip')) == [1, 2, 3, 4, 6]
     with pytest.raises(DataError, match="corrupt='ignore' must be"):

@@ -20,6 +20,7 @@ from torch import nn
 from gplq.errors import (
     CalibrationError,
     CheckpointError,
+    DataError,
     GPLQError,
     ProductError,
     RecipeError,
@@ -324,6 +325,12 @@ def test_teacher_image_is_nan(make_config: MakeConfig) -> None:
     config.train_dataloader.dataset.length = 8
     config.train_dataloader.dataset.broken = 3
     refused(config, CalibrationError, r'batch \d holds NaN or infinite values; check the images')
+
+
+def test_fewer_images_than_a_batch_that_is_dropped(make_config: MakeConfig) -> None:
+    config = make_config()
+    config.train_dataloader.update(batch_size=64, drop_last=True)
+    refused(config, DataError, 'gives no batch: 16 samples .* less than a batch of 64.*drop_last=False')
 
 
 def test_no_calibration_images(make_config: MakeConfig) -> None:
