@@ -26,11 +26,11 @@ def demo() -> ModuleType:
     return module
 
 
-def record(step: str, box: float, mask: float) -> dict:
+def record(step: str, box: float, mask: float, minutes: float) -> dict:
     return dict(
         step=step,
         metrics={'coco/bbox_mAP': box, 'coco/segm_mAP': mask},
-        minutes=1.25,
+        minutes=minutes,
         backbone_bytes=1_500_000,
         model_bytes=6_000_000,
         effective_bits=4.5,
@@ -40,7 +40,7 @@ def record(step: str, box: float, mask: float) -> dict:
 
 @pytest.fixture
 def steps(demo: ModuleType, tmp_path: Path) -> list:
-    records = [record('FP32', 0.5, 0.4), record('W32A4', 0.49, 0.39), record('W4A4', 0.48, 0.38)]
+    records = [record('FP32', 0.5, 0.4, 0.0), record('W32A4', 0.49, 0.39, 1.0), record('W4A4', 0.48, 0.38, 0.5)]
     (tmp_path / 'gplq.json').write_text(json.dumps(records))
     read = demo.read_records(tmp_path)
     assert list(read) == ['FP32', 'W32A4', 'W4A4']
@@ -54,8 +54,8 @@ def test_table_has_a_line_for_each_step(demo: ModuleType, steps: list, capsys: p
     demo.print_table(steps)
     lines = capsys.readouterr().out.strip('\n').splitlines()
     assert lines[0].split() == 'box AP mask AP backbone MB model MB minutes'.split()
-    assert lines[1].split() == ['FP32', '0.500', '0.400', '1.50', '6.00', '1.2']
-    assert lines[2].split() == ['W4A4', '0.480', '0.380', '1.50', '6.00', '1.2']
+    assert lines[1].split() == ['FP32', '0.500', '0.400', '1.50', '6.00', '0.0']
+    assert lines[2].split() == ['W4A4', '0.480', '0.380', '1.50', '6.00', '1.5'], 'minutes from the FP32 model on'
     assert len({len(line) for line in lines}) == 1
 
 
