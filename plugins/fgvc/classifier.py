@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 import gplq
 from gplq.errors import CheckpointError, StageError
 from gplq.plugins.pretrained import read_state_dict
-from gplq.plugins.timm_weights import fit_timm_state
+from gplq.plugins.timm_weights import BACKBONE, fit_timm_state
 from gplq.record import forget
 
 __all__ = ['TimmClassifier']
@@ -26,6 +27,8 @@ __all__ = ['TimmClassifier']
 
 class TimmClassifier(BaseModel):
     """A timm model whose `backbone` ends in pooled features and whose `head` is one Linear.
+
+    Models with another head (two for distillation, a hidden layer) can have a fresh one; loading theirs is refused.
 
     Images (N, 3, H, W), normalized by the pipeline, -> logits (N, num_classes).
 
@@ -66,7 +69,7 @@ class TimmClassifier(BaseModel):
         # What the backbone is made for, which the hooks run it on.
         backbone.img_size = _input_size(backbone)
         self.dropout = nn.Dropout(drop_rate)
-        self.head = nn.Linear(backbone.num_features, num_classes)
+        self.head = nn.Linear(getattr(backbone, 'head_hidden_size', None) or backbone.num_features, num_classes)
         self.label_smoothing = label_smoothing
         self.mixup = None
         if mixup is not None:
@@ -99,6 +102,8 @@ class TimmClassifier(BaseModel):
         head = self._head_in(state)
         if head is not None:
             self.head.load_state_dict(head)
+            if not any(name.startswith(BACKBONE) for name in state):
+                self._check_logits(state, source)
         print_log(
             f'TimmClassifier: backbone from {source}, head {"as well" if head else "fresh"}',
             logger='current',
@@ -158,6 +163,25 @@ class TimmClassifier(BaseModel):
             {'scores': row, 'label': int(label), 'img_path': name}
             for row, label, name in zip(scores, labels, names, strict=True)
         ]
+
+    def _check_logits(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Compare with timm's own classifier: some have two heads, or more than a Linear in one.
+
+        Raises:
+            ValueError: if the logits differ.
+        """
+        whole = timm.create_model(self.model_name, num_classes=self.head.out_features, **self.model_args)
+        whole.load_state_dict(fit_timm_state(whole, state, source))
+        image = torch.linspace(-1, 1, 3 * math.prod(self.backbone.img_size)).reshape(1, 3, *self.backbone.img_size)
+        training = self.training
+        with torch.no_grad():
+            ours, theirs = self.eval().cpu()(image), whole.eval()(image)
+        self.train(training)
+        if not torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3):
+            raise ValueError(
+                f'TimmClassifier: the head of {self.model_name} is more than one Linear on pooled features, so '
+                f'{source} would lose some of it; take a model with a plain head, or train a fresh one (num_classes)'
+            )
 
     def _take_quantized(self, path: str) -> None:
         if not self.frozen:

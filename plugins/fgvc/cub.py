@@ -58,9 +58,11 @@ class CUBDataset(ImageDataset):
             path = root / 'images' / paths[number]
             if not path.is_file():
                 raise DataError(f'{path} is missing; {HOW}')
+            if not labels[number].isdigit():
+                raise DataError(f'{root}: image_class_labels.txt has {labels[number]!r} for image {number}, no number')
             sample: dict[str, Any] = {'img_path': str(path), 'gt_label': int(labels[number]) - 1}
             if self.crop:
-                sample['box'] = [float(value) for value in boxes[number].split()]
+                sample['box'] = _box(root, number, boxes.get(number, ''))
             samples.append(sample)
         return samples
 
@@ -78,6 +80,14 @@ class CUBDataset(ImageDataset):
     def _classes(root: Path) -> tuple[str, ...]:
         names = _table(root / 'classes.txt')
         return tuple(names[number].partition('.')[2] or names[number] for number in sorted(names, key=int))
+
+
+def _box(root: Path, number: str, text: str) -> list[float]:
+    try:
+        x, y, width, height = map(float, text.split())
+    except ValueError:
+        raise DataError(f'{root}: bounding_boxes.txt has {text!r} for image {number}, not X Y WIDTH HEIGHT') from None
+    return [x, y, width, height]
 
 
 def _table(path: Path) -> dict[str, str]:

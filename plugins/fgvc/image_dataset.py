@@ -40,6 +40,11 @@ class ImageDataset(BaseDataset):
                 told = ', '.join(bad[:5]) + (', …' if len(bad) > 5 else '')
                 print_log(f'{type(self).__name__}: {len(bad)} of {len(samples)} images left out: {told}', 'current')
             samples = [sample for sample in samples if sample['img_path'] not in set(bad)]
+        labels = [sample['gt_label'] for sample in samples]
+        classes = self.metainfo.get('classes')
+        wrong = [label for label in labels if label < 0 or classes is not None and label >= len(classes)]
+        if wrong:
+            raise DataError(f'{type(self).__name__}: label {wrong[0]} is none of the {len(classes or ())} classes')
         if not samples:
             raise DataError(f'{type(self).__name__}: no image is left of {self.data_root or "its list"}')
         return samples

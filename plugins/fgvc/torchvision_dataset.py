@@ -84,7 +84,16 @@ class TorchvisionDataset(ImageDataset):
         arguments = dict(options)
         known = inspect.signature(kind).parameters
         if self.name == 'ImageFolder':
-            root = root / split if split else root
+            train, root = root / 'train', root / split if split else root
+            if split and train.is_dir() and root.is_dir():
+                # torchvision numbers the classes of each folder by itself.
+                differing = sorted(_folders(train) ^ _folders(root))
+                if differing:
+                    raise DataError(
+                        f'{root} and {train} do not have the same classes, such as {differing[:3]}, which would number '
+                        'them differently: make empty folders for those without images'
+                    )
+            arguments.setdefault('allow_empty', True)
         elif split is not None:
             arguments['split'] = split
         if 'download' in known:
@@ -99,3 +108,7 @@ class TorchvisionDataset(ImageDataset):
             raise DataError(
                 f'{self.name} cannot be read from {root} ({reason}): get it from {where} and lay it out as {root}/{how}'
             ) from error
+
+
+def _folders(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir() if path.is_dir()}

@@ -14,7 +14,7 @@ from gplq.plugins.hooks.gplq_hook import GPLQHook
 from gplq.plugins.hooks.model import model_of, trains
 from gplq.plugins.hooks.weight_ptq_hook import WeightPTQHook
 from gplq.record import is_prepared
-from gplq.serialization import describe
+from gplq.serialization import adopt, describe
 
 __all__ = ['RestoreHook']
 
@@ -38,9 +38,15 @@ class RestoreHook(Hook):
         ours = (ActivationQATHook, GPLQHook, WeightPTQHook)
         if quantization_of(checkpoint) is None or any(isinstance(hook, ours) for hook in runner.hooks):
             return
+        model = model_of(runner)
+        if is_prepared(model):
+            # Built quantized, such as a linear probe that goes on.
+            adopt(model, quantization_of(checkpoint) or {})
+            return
         if trains(runner):
+            source = runner._load_from or 'of --resume'
             raise CheckpointError(
-                f'the checkpoint ({runner._load_from}) holds a quantized model, which training in FP32 would lose: '
+                f'the checkpoint ({source}) holds a quantized model, which training in FP32 would lose: '
                 'start from an FP32 checkpoint, or go on under the config that has the hook'
             )
         runner.logger.info('GPLQ: the checkpoint holds a quantized model; it is run quantized')

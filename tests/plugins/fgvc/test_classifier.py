@@ -79,12 +79,33 @@ def test_a_frozen_backbone_is_run_as_in_evaluation_and_takes_no_gradient() -> No
         assert torch.equal(model(model.features(x)), model(x))
 
 
-def test_mixed_labels_keep_their_weight() -> None:
+def test_mixed_images_have_mixed_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model = TimmClassifier('vit_tiny_patch16_224', num_classes=5, model_args=VIT, mixup=dict(mixup_alpha=1.0)).train()
-    loss = model(torch.rand(4, 3, 32, 32), [0, 1, 2, 3], mode='loss')['loss_cls']
-    # A fresh head is unsure: whatever is mixed, about log 5.
-    assert float(loss) == pytest.approx(torch.log(torch.tensor(5.0)).item(), abs=0.3)
+    settings = dict(mixup_alpha=1.0, label_smoothing=0.0)
+    model = TimmClassifier('vit_tiny_patch16_224', num_classes=5, model_args=VIT, mixup=settings).train()
+    monkeypatch.setattr(model.mixup, '_params_per_batch', lambda: (0.7, False))
+    x, labels = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    with torch.no_grad():
+        loss = model(x.clone(), labels, mode='loss')['loss_cls']
+        # timm mixes the batch with itself turned around.
+        soft = 0.7 * F.one_hot(labels, 5) + 0.3 * F.one_hot(labels.flip(0), 5)
+        expected = -(soft * model.logits(0.7 * x + 0.3 * x.flip(0)).log_softmax(-1)).sum(-1).mean()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize('name', ['deit_tiny_distilled_patch16_224', 'pit_ti_distilled_224'])
+def test_a_head_of_several_parts_is_refused_and_a_fresh_one_taken(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file(timm.create_model(name, num_classes=5).state_dict(), tmp_path / 'model.safetensors')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'model.safetensors'))
+    with pytest.raises(ValueError, match=f'head of {name} is more than one Linear'):
+        TimmClassifier(name, num_classes=5, init_cfg=init_cfg).init_weights()
+    TimmClassifier(name, num_classes=7, init_cfg=init_cfg).init_weights()
+
+
+def test_features_that_pass_a_hidden_layer() -> None:
+    model = TimmClassifier('mobilenetv3_small_050', num_classes=5)
+    assert tuple(model(torch.rand(2, 3, 32, 32)).shape) == (2, 5)
 
 
 def test_unknown_model_is_named() -> None:

@@ -72,3 +72,20 @@ def test_corrupt_images_are_named_or_left_out_and_counted(cub_root: Path, capsys
     assert numbers(CUBDataset(str(cub_root), pipeline=pipeline, corrupt='skip')) == [1, 2, 3, 4, 6]
     with pytest.raises(DataError, match="corrupt='ignore' must be"):
         CUBDataset(str(cub_root), corrupt='ignore')
+
+
+@pytest.mark.parametrize(
+    ('file', 'line', 'message'),
+    [
+        ('image_class_labels.txt', '1 x', "'x' for image 1, no number"),
+        ('image_class_labels.txt', '1 0', 'label -1 is none of the 3 classes'),
+        ('image_class_labels.txt', '1 4', 'label 3 is none of the 3 classes'),
+        ('bounding_boxes.txt', '1 2.0 3.0 4.0', "'2.0 3.0 4.0' for image 1, not X Y WIDTH HEIGHT"),
+        ('bounding_boxes.txt', '99 1 1 1 1', "'' for image 1, not X Y"),
+    ],
+)
+def test_labels_and_boxes_that_cannot_be(file: str, line: str, message: str, cub_root: Path) -> None:
+    lines = (cub_root / file).read_text().splitlines()
+    (cub_root / file).write_text('\n'.join([line, *lines[1:]]) + '\n')
+    with pytest.raises(DataError, match=message):
+        CUBDataset(str(cub_root), crop=True)

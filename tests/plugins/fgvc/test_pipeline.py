@@ -160,6 +160,11 @@ def test_a_probe_on_a_quantized_backbone_and_its_checkpoint(
     assert type(runner.model.head) is torch.nn.Linear
     assert 'head' not in {a_map.name for a_map in record_of(runner.model).plan.maps}
 
+    config = probe('probe', dict(type='Quantized', checkpoint=artifact), cached=True)
+    config.train_cfg.max_epochs, config.resume = 4, True
+    resumed = trained(config)
+    assert (Path(resumed.work_dir) / 'epoch_4.pth').is_file()
+
     test = probe('test', dict(type='Quantized', checkpoint=artifact))
     test.load_from = str(Path(runner.work_dir) / 'epoch_3.pth')
     tested = Runner.from_cfg(test)

@@ -123,3 +123,12 @@ def test_a_missing_download_says_where_it_comes_from_and_how_it_must_lie(name: s
 def test_unknown_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="'CIFAR10' is none of .*Food101"):
         TorchvisionDataset('CIFAR10', str(tmp_path))
+
+
+def test_splits_of_other_classes_are_refused(tmp_path: Path) -> None:
+    for place in ('train/ant/1.png', 'train/bee/2.png', 'val/ant/3.png'):
+        draw(tmp_path / place)
+    with pytest.raises(DataError, match=r"do not have the same classes, such as \['bee'\]"):
+        TorchvisionDataset('ImageFolder', str(tmp_path), split='val')
+    (tmp_path / 'val' / 'bee').mkdir()
+    assert TorchvisionDataset('ImageFolder', str(tmp_path), split='val').metainfo['classes'] == ('ant', 'bee')
