@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
+from mmengine.model import ImgDataPreprocessor
 from mmengine.runner import Runner
 from mmengine.utils import track_iter_progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from gplq.errors import DataError
 from gplq.files import write_atomically
 from gplq.fingerprint import fingerprint
 from gplq.plugins.hooks.model import model_of, preprocess
+from gplq.plugins.results import versions
+from gplq.record import is_prepared
+from gplq.serialization import describe
 
 __all__ = ['FeatureCacheHook']
 
@@ -47,7 +56,7 @@ class FeatureCacheHook(Hook):
     """Runs the frozen backbone over the images of training and validation once; the head trains on what it gave.
 
     A linear probe of 100 epochs then takes the backbone's time for one. The features are kept in a file each, found
-    again by a hash of backbone, images and pipeline.
+    again by a hash of backbone, annotations, images' sizes and times, pipeline and preprocessing.
 
     Args:
         folder: where the files are kept.
@@ -58,29 +67,39 @@ class FeatureCacheHook(Hook):
 
     def __init__(self, folder: str = 'work_dirs/features') -> None:
         self.folder = Path(folder)
+        self._preprocessor: nn.Module | None = None
 
     def before_train(self, runner: Runner) -> None:
         """Put loaders of features in place of those of images.
 
         Raises:
-            DataError: if the backbone is trained, or the training's pipeline draws random numbers.
+            DataError: if the backbone is trained, images are mixed, or a pipeline draws random numbers.
         """
         model = model_of(runner)
         if not getattr(model, 'frozen', False):
             raise DataError('FeatureCacheHook: the backbone is trained, so its features change: set frozen=True')
+        if getattr(model, 'mixup', None) is not None:
+            raise DataError('FeatureCacheHook: mixed images have features of their own: set mixup=None')
         for loop in (runner.train_loop, runner.val_loop):
             if loop is not None:
                 loop.dataloader = self._cached(runner, loop.dataloader)
+        # Features are not normalized as images are.
+        self._preprocessor, model.data_preprocessor = model.data_preprocessor, ImgDataPreprocessor()
+        model.data_preprocessor.to(next(model.parameters()).device)
+
+    def after_train(self, runner: Runner) -> None:
+        """Take images again."""
+        if self._preprocessor is not None:
+            model_of(runner).data_preprocessor = self._preprocessor
 
     def _cached(self, runner: Runner, loader: DataLoader) -> DataLoader:
         images: Any = loader.dataset
-        first, again = images[0]['inputs'], images[0]['inputs']
-        if not torch.equal(first, again):
+        if _draws(images):
             raise DataError(
-                'FeatureCacheHook: the pipeline gives another image at every reading, which a cache cannot: use that '
+                'FeatureCacheHook: the pipeline draws random numbers, so an image has more than one reading: use that '
                 'of evaluation for training as well'
             )
-        features = self._features(runner, images, first)
+        features = self._features(runner, images, loader)
         runner.logger.info(f'features of {len(features)} images: {self.folder}')
         return DataLoader(
             Features(images, features),
@@ -88,24 +107,67 @@ class FeatureCacheHook(Hook):
             collate_fn=loader.collate_fn,
         )
 
-    def _features(self, runner: Runner, images: Any, first: Tensor) -> Tensor:
+    def _features(self, runner: Runner, images: Any, loader: DataLoader) -> Tensor:
         model = model_of(runner)
-        paths = [images.get_data_info(index)['img_path'] for index in range(len(images))]
-        steps = [f'{type(step).__name__} {getattr(step, "transform", "")}' for step in images.pipeline.transforms]
-        key = fingerprint({**model.backbone.state_dict(), 'first image': first}, json.dumps([paths, steps]))
+        key = _key(model, images)
         path = self.folder / f'{key}.safetensors'
-        if path.is_file():
-            try:
-                with safe_open(path, framework='pt') as file:
-                    return file.get_tensor('features')
-            except SafetensorError:
-                runner.logger.warning(f'{path} is damaged and made again')
-        model.eval()
-        found = []
-        with torch.no_grad():
-            for index in track_iter_progress(range(len(images))):
-                batch = preprocess(model, {'inputs': [images[index]['inputs']]})
-                found.append(model.backbone(batch['inputs']).cpu())
-        features = torch.cat(found).contiguous()
-        write_atomically(path, lambda temporary: save_file({'features': features}, temporary))
+        features = _sound(path)
+        if features is None:
+            batch_size = getattr(loader.batch_sampler, 'batch_size', None) or 64
+            batches = DataLoader(
+                images, batch_size=batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn
+            )
+            features = _run(model, batches)
+            if is_main_process():
+                tensors = {'features': features}
+                metadata = {'sha256': fingerprint(tensors, '')}
+                write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
         return features
+
+
+def _draws(images: Any) -> bool:
+    """Whether reading a few images moves a random state."""
+
+    def states() -> list[Any]:
+        return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()]  # type: ignore[index]
+
+    before = states()
+    for index in range(min(4, len(images))):
+        images[index]
+    return states() != before
+
+
+def _key(model: Any, images: Any) -> str:
+    about = [images.get_data_info(index) for index in range(len(images))]
+    files = [(entry.st_size, entry.st_mtime_ns) for entry in (os.stat(one['img_path']) for one in about)]
+    steps = [f'{type(step).__name__} {vars(step)}' for step in images.pipeline.transforms]
+    told = [str(model.backbone), model.model_name, repr(model.model_args), str(vars(model.data_preprocessor))]
+    plan = describe(model) if is_prepared(model) else {}
+    text = json.dumps([about, files, steps, told, plan, versions()], default=str)
+    # Addresses of functions differ from run to run.
+    return fingerprint(model.backbone.state_dict(), re.sub(' at 0x[0-9a-f]+', '', text))
+
+
+def _sound(path: Path) -> Tensor | None:
+    """Features from a file, None if there is none or it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework='pt') as file:
+            features: Tensor = file.get_tensor('features')
+            noted = (file.metadata() or {}).get('sha256')
+    except SafetensorError:
+        return None
+    return features if noted == fingerprint({'features': features}, '') else None
+
+
+def _run(model: Any, batches: DataLoader) -> Tensor:
+    modes = model.training
+    model.eval()
+    with torch.no_grad():
+        found = [
+            model.backbone(preprocess(model, {'inputs': batch['inputs']})['inputs']).cpu()
+            for batch in track_iter_progress((batches, len(batches)))
+        ]
+    model.train(modes)
+    return torch.cat(found).contiguous()

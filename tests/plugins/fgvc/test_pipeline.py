@@ -180,7 +180,17 @@ def test_what_a_probe_cannot_be(
     init_cfg = dict(type='Pretrained', checkpoint=make_config().load_from)
     config = probe('random', init_cfg, cached=True)
     config.train_dataloader = loader(cub_root, 'train', True)
-    with pytest.raises(DataError, match='another image at every reading'):
+    with pytest.raises(DataError, match='draws random numbers'):
+        trained(config)
+    # One that leaves most images as they are.
+    config = probe('flipped', init_cfg, cached=True)
+    flip = dict(type=FGVC + 'TorchvisionTransform', transforms=[dict(type='RandomHorizontalFlip', p=0.01)])
+    config.train_dataloader.dataset.pipeline.insert(1, flip)
+    with pytest.raises(DataError, match='draws random numbers'):
+        trained(config)
+    config = probe('mixed', init_cfg, cached=True)
+    config.model.mixup = dict(mixup_alpha=1.0)
+    with pytest.raises(DataError, match='set mixup=None'):
         trained(config)
     config = probe('trained', init_cfg, cached=True)
     config.model.frozen = False
@@ -192,3 +202,37 @@ def test_what_a_probe_cannot_be(
         trained(config)
     with pytest.raises(CheckpointError, match='nothing.safetensors does not exist'):
         trained(probe('missing', dict(type='Quantized', checkpoint='nothing.safetensors')))
+
+
+def test_features_are_found_again_only_for_the_same_images_and_model(
+    probe: Callable[..., Config], make_config: Callable[..., Config], cub_root: Path, tmp_path: Path
+) -> None:
+    def files() -> int:
+        return len(list((tmp_path / 'features').iterdir()))
+
+    init_cfg = dict(type='Pretrained', checkpoint=make_config().load_from)
+    trained(probe('first', init_cfg, cached=True))
+    assert files() == 2
+    # Equal weights, another function.
+    config = probe('average', init_cfg, cached=True)
+    config.model.model_args.update(global_pool='avg', fc_norm=False)
+    trained(config)
+    assert files() == 4
+    config = probe('normalized', init_cfg, cached=True)
+    config.model.data_preprocessor = dict(type='ImgDataPreprocessor', mean=[0.1] * 3, std=[2.0] * 3)
+    runner = trained(config)
+    assert files() == 6
+    assert runner.model.data_preprocessor.mean.flatten().tolist() == pytest.approx([0.1] * 3), (
+        'images are normalized again'
+    )
+    # A changed image of training; a damaged file is made again.
+    path = cub_root / 'images/001.Black_footed_Albatross/bird_1.jpg'
+    path.write_bytes((cub_root / 'images/002.Laysan_Albatross/bird_2.jpg').read_bytes())
+    trained(probe('changed', init_cfg, cached=True))
+    assert files() == 7
+    newest = max((tmp_path / 'features').iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    trained(probe('damaged', init_cfg, cached=True))
+    assert files() == 7 and newest.read_bytes() != bytes(content)
