@@ -4,17 +4,9 @@
 #   python tools/test.py configs/vit_s_imagenet.py work_dirs/vit_s_imagenet/fp32.pth
 _base_ = [
     './_base_/models/classifier_vit_s.py',
-    './_base_/datasets/imagenet.py',
+    './_base_/datasets/imagenet_half.py',
     './_base_/schedule_classifier.py',
     './_base_/fgvc_runtime.py',
 ]
 
 model = dict(num_classes=_base_.num_classes)
-
-# This model was trained on pixels between -1 and 1.
-_half = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-train_dataloader = _base_.train_dataloader
-val_dataloader = _base_.val_dataloader
-test_dataloader = _base_.test_dataloader
-for _loader in (train_dataloader, val_dataloader, test_dataloader):
-    _loader.dataset.pipeline[1].update(_half)

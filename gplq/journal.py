@@ -6,18 +6,15 @@ import shutil
 from pathlib import Path
 from urllib.parse import quote
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gplq.distributed import from_first, is_first
-from gplq.files import write_atomically, write_bytes_atomically
-from gplq.fingerprint import fingerprint
+from gplq.files import write_bytes_atomically
+from gplq.hashed_tensors import load_hashed, save_hashed
 
 __all__ = ['Journal']
 
 _KEY = 'key'
-_HASH = 'sha256'
 
 
 class Journal:
@@ -41,17 +38,14 @@ class Journal:
 
     def recall(self, step: str) -> dict[str, Tensor] | None:
         """What was noted of a step; None if it is still to be done."""
-        found: dict[str, Tensor] | None = None
-        if is_first() and self._file(step).is_file():
-            found = _sound(self._file(step))
+        # A damaged step is done again.
+        found = load_hashed(self._file(step)) if is_first() else None
         return from_first(found)
 
     def note(self, step: str, tensors: dict[str, Tensor]) -> None:
         """Keep the result of a step."""
         if is_first():
-            contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-            metadata = {_HASH: fingerprint(contiguous, '')}
-            write_atomically(self._file(step), lambda temporary: save_file(contiguous, temporary, metadata=metadata))
+            save_hashed(self._file(step), tensors)
 
     def clear(self) -> None:
         """Forget every step."""
@@ -60,14 +54,3 @@ class Journal:
 
     def _file(self, step: str) -> Path:
         return self.folder / f'{quote(step, safe="")}.safetensors'
-
-
-def _sound(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a file; None if it is damaged, so that the step is done again: no crash leaves such a file."""
-    try:
-        with safe_open(path, framework='pt') as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-            noted = (file.metadata() or {}).get(_HASH)
-    except SafetensorError:
-        return None
-    return tensors if noted == fingerprint(tensors, '') else None

@@ -5,15 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import timm
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
 from gplq.plugins.pretrained import fit_backbone_state
 
-__all__ = ['BACKBONE', 'fit_timm_state', 'inside_backbone']
+__all__ = ['BACKBONE', 'check_model_name', 'fit_timm_state', 'inside_backbone']
 
 # Of a detector's or classifier's backbone among its other parts.
 BACKBONE = 'backbone.'
+
+
+def check_model_name(name: str, owner: str) -> None:
+    """Refuse a name that timm has no model of.
+
+    Raises:
+        ValueError: naming ``owner``, timm's version and models of similar names.
+    """
+    # A name with a colon is looked up elsewhere; what follows a dot is a choice of weights.
+    if ':' not in name and not timm.is_model(name.split('.')[0]):
+        near = timm.list_models(f'*{name.split("_")[0]}*')[:5]
+        raise ValueError(f'{owner}: timm {timm.__version__} has no model {name!r}; it has {near}')
 
 
 def inside_backbone(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

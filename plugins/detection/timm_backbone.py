@@ -15,7 +15,7 @@ import timm
 from timm.layers.format import Format
 
 from gplq.plugins.pretrained import read_state_dict
-from gplq.plugins.timm_weights import fit_timm_state
+from gplq.plugins.timm_weights import check_model_name, fit_timm_state
 
 __all__ = ['TimmBackbone']
 
@@ -43,10 +43,7 @@ class TimmBackbone(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
-        # A name with a colon is looked up elsewhere; what follows a dot is a choice of weights.
-        if ':' not in model_name and not timm.is_model(model_name.split('.')[0]):
-            near = timm.list_models(f'*{model_name.split("_")[0]}*')[:5]
-            raise ValueError(f'TimmBackbone: timm {timm.__version__} has no model {model_name!r}; it has {near}')
+        check_model_name(model_name, 'TimmBackbone')
         model: Any = timm.create_model(
             model_name,
             pretrained=pretrained,

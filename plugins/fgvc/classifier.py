@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import gplq
 from gplq.errors import CheckpointError, StageError
 from gplq.plugins.pretrained import read_state_dict
-from gplq.plugins.timm_weights import BACKBONE, fit_timm_state
+from gplq.plugins.timm_weights import BACKBONE, check_model_name, fit_timm_state
 from gplq.record import forget
 
 __all__ = ['TimmClassifier']
@@ -60,9 +60,7 @@ class TimmClassifier(BaseModel):
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(data_preprocessor=data_preprocessor or ImgDataPreprocessor(), init_cfg=init_cfg)
-        if ':' not in model_name and not timm.is_model(model_name.split('.')[0]):
-            near = timm.list_models(f'*{model_name.split("_")[0]}*')[:5]
-            raise ValueError(f'TimmClassifier: timm {timm.__version__} has no model {model_name!r}; it has {near}')
+        check_model_name(model_name, 'TimmClassifier')
         backbone: Any = timm.create_model(model_name, num_classes=0, **(model_args or {}))
         self.backbone = backbone
         self.model_name, self.pretrained, self.model_args = model_name, pretrained, dict(model_args or {})

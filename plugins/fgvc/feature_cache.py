@@ -16,14 +16,12 @@ from mmengine.hooks import Hook
 from mmengine.model import ImgDataPreprocessor
 from mmengine.runner import Runner
 from mmengine.utils import track_iter_progress
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from gplq.errors import DataError
-from gplq.files import write_atomically
 from gplq.fingerprint import fingerprint
+from gplq.hashed_tensors import load_hashed, save_hashed
 from gplq.plugins.hooks.model import model_of, preprocess
 from gplq.plugins.results import versions
 from gplq.record import is_prepared
@@ -111,17 +109,16 @@ class FeatureCacheHook(Hook):
         model = model_of(runner)
         key = _key(model, images)
         path = self.folder / f'{key}.safetensors'
-        features = _sound(path)
-        if features is None:
-            batch_size = getattr(loader.batch_sampler, 'batch_size', None) or 64
-            batches = DataLoader(
-                images, batch_size=batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn
-            )
-            features = _run(model, batches)
-            if is_main_process():
-                tensors = {'features': features}
-                metadata = {'sha256': fingerprint(tensors, '')}
-                write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        kept = load_hashed(path)
+        if kept is not None:
+            return kept['features']
+        batch_size = getattr(loader.batch_sampler, 'batch_size', None) or 64
+        batches = DataLoader(
+            images, batch_size=batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn
+        )
+        features = _run(model, batches)
+        if is_main_process():
+            save_hashed(path, {'features': features})
         return features
 
 
@@ -146,19 +143,6 @@ def _key(model: Any, images: Any) -> str:
     text = json.dumps([about, files, steps, told, plan, versions()], default=str)
     # Addresses of functions differ from run to run.
     return fingerprint(model.backbone.state_dict(), re.sub(' at 0x[0-9a-f]+', '', text))
-
-
-def _sound(path: Path) -> Tensor | None:
-    """Features from a file, None if there is none or it is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework='pt') as file:
-            features: Tensor = file.get_tensor('features')
-            noted = (file.metadata() or {}).get('sha256')
-    except SafetensorError:
-        return None
-    return features if noted == fingerprint({'features': features}, '') else None
 
 
 def _run(model: Any, batches: DataLoader) -> Tensor:
