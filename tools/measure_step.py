@@ -69,9 +69,9 @@ def step_of(cfg: Config, method: str) -> Iterator[Callable[[Any], None]]:
                 model.register_forward_hook(MimickingTerm(mimicking), with_kwargs=True)
             prepare(model, settings.recipe, forward=blank_forward(model, settings))
             calibrate(model, loader, forward=PartForward(settings.part))
-            groups = parameter_groups(model, stage)
+            groups = parameter_groups(model, stage, settings.iterations)
         wrapper = runner.build_optim_wrapper(cfg.optim_wrapper)
-        wrapper.optimizer = torch.optim.AdamW(groups, lr=stage.lr)
+        wrapper.optimizer = torch.optim.AdamW(groups, lr=5e-6)
         wrapper.initialize_count_status(model, 0, 10**6)
 
         def step(batch: Any) -> None:

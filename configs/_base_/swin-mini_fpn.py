@@ -11,7 +11,7 @@ swin = dict(
         embed_dim=48,
         depths=(2, 2, 6, 2),
         num_heads=(2, 4, 8, 16),
-        drop_path_rate=0.1,
+        drop_path_rate=0.0,
     ),
     init_cfg=dict(type='Pretrained', checkpoint='{{$GPLQ_SWIN_CHECKPOINT:checkpoints/swin_objects100.safetensors}}'),
 )

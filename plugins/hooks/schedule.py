@@ -9,7 +9,7 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
-from gplq.activation_stage import parameter_groups, stage_iterations
+from gplq.activation_stage import learning_rates, parameter_groups, stage_iterations
 from gplq.errors import DataError, RecipeError
 from gplq.plugins.hooks.model import model_of
 from gplq.plugins.hooks.settings import HookSettings
@@ -44,7 +44,8 @@ def keep_schedule(runner: Runner, settings: HookSettings) -> list[Change]:
     optimizer = _wrapper(runner).optimizer
     scales = [p for _, q in named_quantizers(model_of(runner)) for p in q.parameters()]
     if scales:
-        optimizer.add_param_group({'params': scales, 'lr': settings.stage.scale_lr, 'weight_decay': 0.0})
+        _, rate = learning_rates(settings.stage, runner.train_loop.max_iters)
+        optimizer.add_param_group({'params': scales, 'lr': rate, 'weight_decay': 0.0})
     if runner.param_schedulers is not None:
         # Those that are there know nothing of the new group: a warm-up would drive it from its first factor to 1.
         # They have scaled the other groups already, which must start from their own values again.
@@ -98,10 +99,11 @@ def _set_length(runner: Runner, settings: HookSettings) -> list[Change]:
 def _set_optimizer(runner: Runner, settings: HookSettings) -> list[Change]:
     wrapper = _wrapper(runner)
     old = wrapper.optimizer
-    stage = settings.stage
+    stage, length = settings.stage, runner.train_loop.max_iters
+    lr, scale_lr = learning_rates(stage, length)
     changes = [
         ('optimizer', type(old).__name__, 'AdamW'),
-        ('lr', f'{old.defaults["lr"]:g}', f'{stage.lr:g}'),
+        ('lr', f'{old.defaults["lr"]:g}', f'{lr:g}'),
         ('weight_decay', f'{old.defaults.get("weight_decay", 0):g}', f'{stage.weight_decay:g}'),
     ]
     if 'betas' in old.defaults:
@@ -109,12 +111,12 @@ def _set_optimizer(runner: Runner, settings: HookSettings) -> list[Change]:
     rates = {(group.get('initial_lr', group['lr']), group.get('weight_decay')) for group in old.param_groups}
     if len(rates) > 1:
         changes.append(('rates of layers', f'{len(rates)} different', 'all alike'))
-    groups = parameter_groups(model_of(runner), stage)
-    wrapper.optimizer = torch.optim.AdamW(groups, lr=stage.lr, weight_decay=stage.weight_decay)
+    groups = parameter_groups(model_of(runner), stage, length)
+    wrapper.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=stage.weight_decay)
     if wrapper.base_param_settings is not None:
         wrapper.base_param_settings.update(wrapper.optimizer.defaults)
     if len(groups) > 1:
-        changes.append(('lr of scales', '', f'{stage.scale_lr:g}'))
+        changes.append(('lr of scales', '', f'{scale_lr:g}'))
     return [change for change in changes if change[1] != change[2]]
 
 

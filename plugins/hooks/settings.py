@@ -15,7 +15,7 @@ __all__ = ['HookSettings']
 
 METHODS = {'gplq': Recipe.gplq, 'paper': Recipe.paper, 'rtn': Recipe.rtn}
 # Where a method's activation stage differs from the default.
-STAGES: dict[str, dict[str, Any]] = {'paper': {'reduction': 'sum'}}
+STAGES: dict[str, dict[str, Any]] = {'paper': {'reduction': 'sum', 'lr': 5e-6, 'scale_lr': 1e-3}}
 Patterns = str | tuple[str, ...]
 LEAST = {'iterations': 0, 'minimum_iterations': 0, 'seed': 0, 'calibration_batch_size': 1, 'resume_interval': 0}
 

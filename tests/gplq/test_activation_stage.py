@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gplq
-from gplq.activation_stage import feature_point, parameter_groups, stage_iterations
+from gplq.activation_stage import feature_point, learning_rates, parameter_groups, stage_iterations
 from gplq.errors import GPLQError, RecipeError, StageError, TrainingError
 from gplq.record import named_quantizers
 
@@ -159,7 +159,7 @@ def test_the_optimizer_is_the_paper_s(calibrated: Pair, images: Tensor) -> None:
     """AdamW with its usual betas at constant rates, against a loop written out."""
     model, _ = calibrated
     expected = copy.deepcopy(model).train()
-    groups = parameter_groups(expected, FAST)
+    groups = parameter_groups(expected, FAST, None)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
     for inputs, labels in labelled(images):
         optimizer.zero_grad()
@@ -337,7 +337,7 @@ def test_stage_one_needs_calibration(toy_vit: Callable[..., nn.Module], images: 
 
 def test_groups_and_feature_point(calibrated: Pair) -> None:
     model, _ = calibrated
-    weights, scales = parameter_groups(model, gplq.ActivationStage(lr=1.0, scale_lr=2.0, weight_decay=0.5))
+    weights, scales = parameter_groups(model, gplq.ActivationStage(lr=1.0, scale_lr=2.0, weight_decay=0.5), 10)
     assert (weights['lr'], weights['weight_decay']) == (1.0, 0.5)
     assert (scales['lr'], scales['weight_decay']) == (2.0, 0.0)
     assert len(scales['params']) == sum(1 for _ in named_quantizers(model))
@@ -350,6 +350,35 @@ def test_groups_and_feature_point(calibrated: Pair) -> None:
 )
 def test_length(epoch: int, full: int, expected: int) -> None:
     assert stage_iterations(epoch, full) == expected
+
+
+@pytest.mark.parametrize(
+    ('iterations', 'faster'), [(10_009, 1), (1000, 1), (500, 2), (125, 8), (100, 10), (1, 10), (None, 1)]
+)
+def test_a_short_stage_moves_faster(iterations: int | None, faster: int) -> None:
+    assert learning_rates(gplq.ActivationStage(), iterations) == pytest.approx((5e-6 * faster, 1e-3 * faster))
+    assert learning_rates(gplq.ActivationStage(lr=1e-4, scale_lr=0.0), iterations) == (1e-4, 0.0)
+
+
+def test_the_rates_of_a_loop_depend_on_its_length(
+    calibrated: Pair, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two batches in five epochs are ten iterations; what has no length is taken as long."""
+    rates = []
+    monkeypatch.setattr(torch.optim.AdamW, 'step', lambda self: rates.append([g['lr'] for g in self.param_groups]))
+    model, _ = calibrated
+    batches = labelled(images)
+
+    class Stream:
+        def __iter__(self) -> Iterator[Any]:
+            return iter(batches)
+
+    gplq.train_activations(model, batches, epochs=250 // len(batches))
+    gplq.train_activations(model, batches, iterations=1)
+    gplq.train_activations(model, Stream(), epochs=1)
+    assert rates[0] == pytest.approx([5e-6 * 4, 1e-3 * 4], rel=0.02)
+    assert rates[-len(batches) - 1] == pytest.approx([5e-5, 1e-2])
+    assert rates[-1] == pytest.approx([5e-6, 1e-3])
 
 
 @pytest.mark.parametrize('wrong', [{'lr': -1.0}, {'scale_lr': float('nan')}, {'pca_samples': 0}])

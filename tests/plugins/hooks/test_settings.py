@@ -55,7 +55,7 @@ def test_none_leaves_a_setting_at_its_default() -> None:
         (dict(mimicking=-1), 'mimicking_weight=-1.0'),
         (dict(mimicking=float('nan')), 'mimicking_weight=nan must be finite'),
         (dict(stage='fast'), "stage must be a dict or None, got 'fast'"),
-        (dict(stage=dict(lr='fast')), "stage.lr must be a number, got 'fast'"),
+        (dict(stage=dict(lr='fast')), "stage.lr must be a number or None, got 'fast'"),
         (dict(stage=dict(rank='x')), "stage.rank must be an integer or None, got 'x'"),
         (dict(stage=dict(rank=0)), 'rank=0 must be at least 1'),
         (dict(stage=dict(explained_variance=0)), 'explained_variance=0 must be in'),
