@@ -87,7 +87,7 @@ def learning_rates(stage: ActivationStage, iterations: int | None) -> tuple[floa
     """
     faster = 1.0 if iterations is None else min(max(1000 / max(iterations, 1), 1.0), 10.0)
     lr = 5e-6 * faster if stage.lr is None else stage.lr
-    return lr, 1e-3 * faster if stage.scale_lr is None else stage.scale_lr
+    return lr, 5e-4 * faster if stage.scale_lr is None else stage.scale_lr
 
 
 def parameter_groups(model: nn.Module, stage: ActivationStage, iterations: int | None) -> list[dict[str, Any]]:

@@ -356,7 +356,7 @@ def test_length(epoch: int, full: int, expected: int) -> None:
     ('iterations', 'faster'), [(10_009, 1), (1000, 1), (500, 2), (125, 8), (100, 10), (1, 10), (None, 1)]
 )
 def test_a_short_stage_moves_faster(iterations: int | None, faster: int) -> None:
-    assert learning_rates(gplq.ActivationStage(), iterations) == pytest.approx((5e-6 * faster, 1e-3 * faster))
+    assert learning_rates(gplq.ActivationStage(), iterations) == pytest.approx((5e-6 * faster, 5e-4 * faster))
     assert learning_rates(gplq.ActivationStage(lr=1e-4, scale_lr=0.0), iterations) == (1e-4, 0.0)
 
 
@@ -376,9 +376,9 @@ def test_the_rates_of_a_loop_depend_on_its_length(
     gplq.train_activations(model, batches, epochs=250 // len(batches))
     gplq.train_activations(model, batches, iterations=1)
     gplq.train_activations(model, Stream(), epochs=1)
-    assert rates[0] == pytest.approx([5e-6 * 4, 1e-3 * 4], rel=0.02)
-    assert rates[-len(batches) - 1] == pytest.approx([5e-5, 1e-2])
-    assert rates[-1] == pytest.approx([5e-6, 1e-3])
+    assert rates[0] == pytest.approx([5e-6 * 4, 5e-4 * 4], rel=0.02)
+    assert rates[-len(batches) - 1] == pytest.approx([5e-5, 5e-3])
+    assert rates[-1] == pytest.approx([5e-6, 5e-4])
 
 
 @pytest.mark.parametrize('wrong', [{'lr': -1.0}, {'scale_lr': float('nan')}, {'pca_samples': 0}])

@@ -47,7 +47,7 @@ def test_the_hook_owns_the_schedule(rates: Callable, log_of: Callable[[Runner], 
     runner, watch = rates(iterations=3)
     # Weights, then scales; constant from the first iteration to the last, whatever the config's warm-up says.
     # Ten times the rates of a long stage, which is the most that a short one gets.
-    assert watch.rates == [[5e-5, 1e-2]] * 3
+    assert watch.rates == [[5e-5, 5e-3]] * 3
     assert watch.drop_path == {0.0}
     optimizer = runner.optim_wrapper.optimizer
     assert type(optimizer) is torch.optim.AdamW
@@ -66,7 +66,7 @@ def test_the_hook_owns_the_schedule(rates: Callable, log_of: Callable[[Runner], 
         ['optimizer', 'SGD', 'AdamW'],
         ['lr', '0.02', '5e-05'],
         ['weight_decay', '0.1', '0'],
-        ['lr of scales', '0.01'],
+        ['lr of scales', '0.005'],
         ['param_scheduler', 'LinearLR', 'constant'],
         ['drop_path', 'up to 0.2', '0'],
         ['init_weights', 'run', 'skipped, the checkpoint brings every weight'],
@@ -107,7 +107,7 @@ def test_lost_differences_between_layers_are_listed(rates: Callable, log_of: Cal
 
     runner, watch = rates(change, iterations=1)
     # mmengine lists the base rate as a third.
-    assert watch.rates == [[5e-5, 1e-2, 5e-5]]
+    assert watch.rates == [[5e-5, 5e-3, 5e-5]]
     log = log_of(runner)
     assert re.search(r'^rates of layers +2 different +all alike', log, re.M)
     assert re.search(r'^betas +\(0.9, 0.95\) +\(0.9, 0.999\)', log, re.M)
@@ -129,7 +129,7 @@ def test_a_kept_schedule_has_the_scales_in_its_warm_up(rates: Callable) -> None:
     assert type(runner.optim_wrapper.optimizer) is torch.optim.SGD
     # mmengine's LinearLR from 0.001 to 1 in the 7 steps that 8 iterations have, for both groups alike.
     factors = [0.001 + 0.999 * i / 7 for i in range(8)]
-    assert watch.rates == [pytest.approx([0.02 * f, 1e-2 * f]) for f in factors]
+    assert watch.rates == [pytest.approx([0.02 * f, 5e-3 * f]) for f in factors]
     assert watch.drop_path == {0.2}
 
 
