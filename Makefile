@@ -30,7 +30,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'setuptools<82'
 	@$(BIN)/python -c 'import sys; from importlib.util import find_spec; sys.exit(not find_spec("mmcv"))' || \
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mmcv-lite
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[detection,fgvc,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[detection,fgvc,deploy,dev]'
 	@$(BIN)/python -c 'import cv2' 2>/dev/null || \
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	        --force-reinstall --no-deps opencv-python-headless

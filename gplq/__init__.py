@@ -3,6 +3,7 @@
 from gplq.activation_stage import ActivationStage, train_activations
 from gplq.calibrate import calibrate
 from gplq.errors import GPLQError
+from gplq.export import export
 from gplq.mimicking import MimickingLoss
 from gplq.prepare import prepare
 from gplq.recipe import Recipe
@@ -16,6 +17,7 @@ __all__ = [
     'MimickingLoss',
     'Recipe',
     'calibrate',
+    'export',
     'load',
     'prepare',
     'quantize_weights',

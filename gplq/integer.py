@@ -11,10 +11,10 @@ from torch import Tensor
 from gplq.errors import StageError, TargetError
 from gplq.layers import LinearCompensation, QuantizedConv2d, WeightView
 from gplq.products import QuantizedProduct
-from gplq.quantizer import Quantizer
 
 __all__ = [
     'IntegerLinear',
+    'check_scales_leave_sum',
     'compensation_from_codes',
     'integer_linear',
     'linear_from_codes',
@@ -114,19 +114,22 @@ def product_from_codes(
     Raises:
         TargetError: if a scale runs along the summed axis, so that it cannot leave the product.
     """
+    check_scales_leave_sum(product)
     quantize_left, quantize_right = product.operands
-    for quantizer, x, axis in ((quantize_left, left, -1), (quantize_right, right, -2)):
-        shape = _broadcast_shape(quantizer, x)
-        if shape[axis] > 1:
-            raise TargetError(f'a scale of shape {quantizer.shape} runs along the summed axis of a product')
     codes = multiply(quantize_left.codes(left).to(torch.int64), quantize_right.codes(right).to(torch.int64))
     scale = quantize_left.scale_over(left.shape[0]).double() * quantize_right.scale_over(right.shape[0]).double()
     return (codes.double() * scale).to(left.dtype)
 
 
-def _broadcast_shape(quantizer: Quantizer, x: Tensor) -> tuple[int, ...]:
-    shape = quantizer.shape
-    return (1,) * (max(x.dim(), 2) - len(shape)) + shape
+def check_scales_leave_sum(product: QuantizedProduct, name: str = 'a product') -> None:
+    """Check that codes can be multiplied and the scales applied to the result.
+
+    Raises:
+        TargetError: if a scale runs along the axis that is summed.
+    """
+    for quantizer, axis in zip(product.operands, (-1, -2), strict=True):
+        if len(quantizer.shape) >= -axis and quantizer.shape[axis] > 1:
+            raise TargetError(f'{name}: a scale of shape {quantizer.shape} runs along the summed axis')
 
 
 @torch.no_grad()

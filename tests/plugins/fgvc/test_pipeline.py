@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from gplq.plugins.hooks.restore_hook import RestoreHook
 from gplq.record import record_of
 
 _numbers = itertools.count()
+TOOLS = Path(__file__).parents[3] / 'tools'
 FGVC = 'gplq.plugins.fgvc.'
 
 
@@ -91,6 +95,23 @@ def test_three_steps_and_a_checkpoint_that_gives_them_back(make_config: Callable
     tested = Runner.from_cfg(config)
     tested.register_hook(RestoreHook())
     assert tested.test() == pytest.approx(steps[-1]['metrics'])
+
+
+def test_export_compares_top_1(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    """All six images, on both engines; one thread each gives what PyTorch gives but for ties."""
+    pytest.importorskip('onnxruntime')
+    pytest.importorskip('openvino')
+    runner = Runner.from_cfg(make_config(iterations=0, validate_fp32=False))
+    runner.train()
+    config = make_config()
+    config.default_hooks.pop('gplq')
+    config.dump(tmp_path / 'config.py')
+    checkpoint = Path(runner.work_dir, 'gplq_w4a4.pth')
+    command = [sys.executable, str(TOOLS / 'export.py'), str(tmp_path / 'config.py'), str(checkpoint), 'model.onnx']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r'top-1 ([\d.]+) %, in PyTorch ([\d.]+) %, on 6 images', done.stdout)
+    assert len(found) == 2 and all(engine == torch_ for engine, torch_ in found)
 
 
 def test_without_labels(make_config: Callable[..., Config]) -> None:

@@ -1,0 +1,120 @@
+"""Write a quantized model as ONNX whose products an inference engine can run on integers."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gplq.errors import StageError, TargetError
+from gplq.exported import exported_twin
+from gplq.files import write_bytes_atomically
+from gplq.record import Stage, record_of
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ['export']
+
+# The first opset with 4-bit integers, which both ONNX Runtime and OpenVINO read.
+OPSET = 21
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    part: str = '',
+    fixed_batch: bool = False,
+) -> None:
+    """Write the quantized model as one ONNX file.
+
+    Every product of codes stands between QuantizeLinear and DequantizeLinear of step 1, its scales behind it, so that
+    an engine that fuses these runs it on 8-bit integers: no engine multiplies activations of fewer bits on a CPU.
+    Weights of up to 4 bits are stored as such, two a byte. The model itself stays as it is.
+
+    Args:
+        model: after :func:`gplq.quantize_weights`, or from :func:`gplq.load`.
+        path: of the file.
+        example_inputs: what the exported part takes, floating point, at least two samples unless ``fixed_batch``.
+        part: name of the submodule to export, such as a detector's ``'backbone'``; all of it by default.
+        fixed_batch: export for the number of samples in ``example_inputs`` alone, for models whose forward depends on
+            it.
+
+    Raises:
+        StageError: if the weights are not quantized, or the ``onnx`` package is missing.
+        TargetError: if there is no such part, a layer has no integer product, or the model cannot be traced.
+        WriteError: if the file cannot be written.
+    """
+    record_of(model, Stage.QUANTIZED)
+    try:
+        import onnx
+        import onnxscript  # noqa: F401, torch's exporter needs it
+    except ImportError as error:
+        raise StageError(f"export needs the package {error.name}: pip install 'gplq[deploy]'") from None
+    if part and part not in dict(model.named_modules()):
+        raise TargetError(f'{type(model).__name__} has no part {part!r} to export')
+    twin = exported_twin(model)
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    graph = _trace(twin.get_submodule(part), inputs, fixed_batch)
+    _pack_weights(graph)
+    onnx.helper.set_model_props(graph, {'gplq_recipe': json.dumps(record_of(model).plan.recipe.to_dict())})
+    onnx.checker.check_model(graph)
+    write_bytes_atomically(path, graph.SerializeToString())
+
+
+def _trace(module: nn.Module, inputs: tuple[Tensor, ...], fixed_batch: bool) -> onnx.ModelProto:
+    shapes: Any = None if fixed_batch else tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
+    try:
+        # Its warnings are of its own future.
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            program = torch.onnx.export(
+                module,
+                inputs,
+                dynamo=True,
+                dynamic_shapes=shapes,
+                opset_version=OPSET,
+                verbose=False,
+                input_names=['input'] if len(inputs) == 1 else [f'input_{number}' for number in range(len(inputs))],
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        remedy = '' if fixed_batch else '; try fixed_batch=True'
+        raise TargetError(f'torch.onnx cannot export {type(module).__name__} ({reason:.200}){remedy}') from error
+    assert program is not None
+    graph: onnx.ModelProto = program.model_proto
+    # Lines of source code and the paths of this machine.
+    for item in (graph.graph, *graph.graph.node, *graph.graph.initializer, *graph.graph.value_info):
+        del item.metadata_props[:]
+    return graph
+
+
+def _pack_weights(graph: onnx.ModelProto) -> None:
+    """Store weight codes that fit into 4 bits as such; engines unpack them when they load the file."""
+    import numpy as np
+    import onnx
+    from onnx import numpy_helper
+
+    weights = {node.input[0] for node in graph.graph.node if node.op_type == 'DequantizeLinear'}
+    for tensor in [t for t in graph.graph.initializer if t.name in weights]:
+        codes = numpy_helper.to_array(tensor)
+        signed = codes.dtype == np.int8
+        low, high = (-8, 7) if signed else (0, 15)
+        if codes.size == 0 or codes.min() < low or codes.max() > high:
+            continue
+        nibbles = np.append(codes.reshape(-1), np.zeros(codes.size % 2, codes.dtype)).astype(np.uint8) & 15
+        packed = (nibbles[0::2] | nibbles[1::2] << 4).astype(np.uint8)
+        kind = onnx.TensorProto.INT4 if signed else onnx.TensorProto.UINT4
+        name = f'{tensor.name}.packed'
+        wide = onnx.TensorProto.INT8 if signed else onnx.TensorProto.UINT8
+        unpack = onnx.helper.make_node('Cast', [name], [tensor.name], to=wide)
+        graph.graph.initializer.append(onnx.helper.make_tensor(name, kind, codes.shape, packed.tobytes(), raw=True))
+        graph.graph.initializer.remove(tensor)
+        graph.graph.node.insert(0, unpack)

@@ -1,0 +1,236 @@
+"""What stands in for quantized layers and products while a model is exported: the same maps on codes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from gplq.integer import check_scales_leave_sum, integer_linear
+from gplq.layers import LinearCompensation, LinearMap, QuantizedConv2d, WeightView
+from gplq.plan import MapPlan
+from gplq.products import QuantizedProduct
+from gplq.quantizer import Quantizer
+from gplq.record import named_products, record_of, weight_views
+
+__all__ = ['codes_of', 'exported_twin']
+
+# Codes are stored as unsigned bytes with a zero point: x86 machines multiply unsigned by signed bytes, and ONNX Runtime
+# would convert signed ones itself.
+_CODES = torch.uint8
+
+
+def exported_twin(model: nn.Module) -> nn.Module:
+    """A copy of a quantized model in inference mode that computes what is exported, in torch or as ONNX operators.
+
+    Raises:
+        TargetError: if scales do not leave an integer product, see :func:`gplq.integer.integer_linear`.
+    """
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    _stand_in(twin)
+    return twin
+
+
+def codes_of(twin: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    """All codes of one forward pass of a twin, as bytes, in the order of its QuantizeLinear operators."""
+    codes: list[Tensor] = []
+    modules = [module for module in twin.modules() if isinstance(module, _Coded)]
+    for module in modules:
+        module.watcher = codes.append
+    try:
+        with torch.no_grad():
+            twin(*inputs)
+    finally:
+        for module in modules:
+            module.watcher = None
+    return codes
+
+
+def _stand_in(model: nn.Module) -> None:
+    """Replace every quantized map, product and compensation by what is exported for it."""
+    for plan, view in list(weight_views(model)):
+        attribute = 'quantization' if plan.kind in ('linear', 'conv2d') else f'{plan.kind}_map'
+        setattr(view.owner, attribute, _ExportedMap(plan, view))
+    for name, product in list(named_products(model)):
+        products = model.get_submodule(name.rpartition(':')[0]).quantized_products
+        assert isinstance(products, nn.ModuleList)
+        position = next(i for i, other in enumerate(products) if other is product)
+        products[position] = _ExportedProduct(name, product)
+    for name in record_of(model).plan.blocks:
+        block = model.get_submodule(name)
+        layer = getattr(block, 'compensation', None)
+        if isinstance(layer, LinearCompensation):
+            block.compensation = _ExportedCompensation(layer)
+
+
+class _Coded(nn.Module):
+    """Codes of a site as floats, between QuantizeLinear and DequantizeLinear of step 1."""
+
+    scale: Tensor
+    offset: Tensor | None
+    zero_point: Tensor
+    one: Tensor
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.bounds = (quantizer.spec.qmin, quantizer.spec.qmax)
+        self.folded = bool((quantizer.scale == 1).all())
+        self.register_buffer('scale', quantizer.scale.detach())
+        self.register_buffer('offset', None if quantizer.offset is None else quantizer.offset.detach())
+        self.register_buffer('zero_point', torch.tensor(-self.bounds[0], dtype=_CODES))
+        self.register_buffer('one', torch.ones(()))
+        # Sees the codes of every call outside of an export.
+        self.watcher: Callable[[Tensor], None] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        split = self.quantizer._split_heads(x)
+        steps = split if self.folded else split / _wide(self.scale, split)
+        if self.offset is not None:
+            steps = steps - self.offset
+        steps = steps.clamp(*self.bounds)
+        if torch.compiler.is_exporting():
+            onnx = torch.onnx.ops.symbolic
+            codes = onnx('QuantizeLinear', (steps, self.one, self.zero_point), dtype=_CODES, shape=steps.shape)
+            values = onnx('DequantizeLinear', (codes, self.one, self.zero_point), dtype=steps.dtype, shape=steps.shape)
+        else:
+            values = steps.round()
+            if self.watcher is not None:
+                self.watcher((values + self.zero_point).to(_CODES))
+        return values.reshape(x.shape) if self.quantizer.merged_heads else values
+
+
+def _wide(scale: Tensor, x: Tensor) -> Tensor:
+    """A scale to be applied to ``x``, written out along its last axis where there are several.
+
+    Where a scale a head has a last axis of 1 and the batch is of any size, OpenVINO (2026.4) takes the first head's for
+    all of them.
+    """
+    return scale.expand(*scale.shape[:-1], x.shape[-1]) if scale.numel() > 1 else scale
+
+
+class _Matrix(nn.Module):
+    """Values of a rounded weight, read from its codes; one scale and zero point along ``axis``."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> None:
+        super().__init__()
+        dtype = torch.int8 if zero_point is None else torch.uint8
+        zeros = torch.zeros_like(scale) if zero_point is None else zero_point
+        self.register_buffer('codes', codes.to(dtype).contiguous())
+        self.register_buffer('scale', scale)
+        self.register_buffer('zero_point', zeros.to(dtype))
+        self.axis = axis
+
+    def forward(self) -> Tensor:
+        if not torch.compiler.is_exporting():
+            shape = [-1 if axis == self.axis else 1 for axis in range(self.codes.dim())]
+            return (self.codes.float() - self.zero_point.float().reshape(shape)) * self.scale.reshape(shape)
+        values: Tensor = torch.onnx.ops.symbolic(
+            'DequantizeLinear',
+            (self.codes, self.scale, self.zero_point),
+            {'axis': self.axis},
+            dtype=torch.float32,
+            shape=self.codes.shape,
+        )
+        return values
+
+
+class _ExportedMap(LinearMap):
+    """A linear map of codes by codes; only scale and bias of the result are in floating point."""
+
+    constant: Tensor
+
+    def __init__(self, plan: MapPlan, view: WeightView) -> None:
+        super().__init__(view.map.input, view.map.weight, len(view.map.bias_correction))
+        zero = torch.zeros_like(view.map.bias_correction)
+        constants = integer_linear(view, zero)
+        assert view.map.input is not None
+        self.coded = _Coded(view.map.input)
+        self.register_buffer('constant', constants.bias)
+        self.patches = _patches(view.owner)
+        if isinstance(view.owner, QuantizedConv2d) and not self.patches:
+            codes = constants.codes.reshape(view.owner.weight.shape)
+            self.matrix = _Matrix(codes, constants.scale, constants.zero_point, axis=0)
+        else:
+            self.matrix = _Matrix(constants.codes.t(), constants.scale, constants.zero_point, axis=1)
+
+    def run(
+        self,
+        operation: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        if x.dim() == 2:
+            # ONNX Runtime makes a floating-point Gemm of a product of two plain matrices and a bias.
+            return self.run(operation, x.unsqueeze(1), weight, bias).squeeze(1)
+        constant = self.constant if bias is None else self.constant + bias
+        x = self.coded(x)
+        if self.patches:
+            rows = _as_patches(x, self.patches)
+            return (_multiply(rows, self.matrix()) + constant).permute(0, 3, 1, 2)
+        if self.matrix.codes.dim() == 4:
+            return operation(x, self.matrix(), constant)
+        return _multiply(x, self.matrix()) + constant
+
+
+def _multiply(x: Tensor, matrix: Tensor) -> Tensor:
+    # Not torch.matmul, which an attention around this map would take for one of its own products.
+    y: Tensor = torch.ops.aten.matmul.default(x, matrix)
+    return y
+
+
+def _patches(owner: nn.Module) -> tuple[int, int] | None:
+    """Kernel of a convolution whose windows do not overlap, so that it is a matrix product of patches."""
+    if not isinstance(owner, QuantizedConv2d):
+        return None
+    plain = owner.groups == 1 and owner.padding in ((0, 0), 'valid') and owner.dilation == (1, 1)
+    height, width = owner.kernel_size
+    return (height, width) if plain and owner.stride == owner.kernel_size else None
+
+
+def _as_patches(x: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """``(b, c, h, w) -> (b, rows, columns, c * kernel)``."""
+    height, width = kernel
+    rows, columns = x.shape[2] // height, x.shape[3] // width
+    x = x[:, :, : rows * height, : columns * width]
+    x = x.reshape(x.shape[0], x.shape[1], rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(x.shape[0], rows, columns, -1)
+
+
+class _ExportedProduct(QuantizedProduct):
+    """A product of codes by codes; scales multiply the result."""
+
+    def __init__(self, name: str, product: QuantizedProduct) -> None:
+        super().__init__(product.index, product.sites, product.operands)
+        check_scales_leave_sum(product, name)
+        self.left, self.right = (_Coded(quantizer) for quantizer in product.operands)
+
+    @property
+    def settled(self) -> bool:
+        """Never: the fused attention is not for export."""
+        return False
+
+    def forward(self, left: Tensor, right: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        y = multiply(self.left(left), self.right(right))
+        first, second = (q.scale_over(x.shape[0]) for q, x in zip(self.operands, (left, right), strict=True))
+        return y * _wide((first * second).detach(), y)
+
+
+class _ExportedCompensation(nn.Module):
+    bias: Tensor
+
+    def __init__(self, layer: LinearCompensation) -> None:
+        super().__init__()
+        self.coded = _Coded(layer.input)
+        self.matrix = _Matrix(layer.codes, layer.scale, None, axis=1)
+        self.register_buffer('bias', layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _multiply(self.coded(x), self.matrix()) + self.bias

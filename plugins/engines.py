@@ -1,0 +1,120 @@
+"""Inference engines on the CPU: what they make of an exported file, and which of its products they run on integers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gplq.errors import CheckpointError, StageError
+
+__all__ = ['ENGINES', 'Engine', 'open_onnxruntime', 'open_openvino', 'with_codes']
+
+Array = NDArray[np.generic]
+
+
+class Engine(NamedTuple):
+    """An engine with a file loaded.
+
+    Attributes:
+        name: of the engine, with its version.
+        run: images (N, 3, H, W) -> every output of the file.
+        integer: matrix products and convolutions that its own graph runs on 8-bit integers.
+        floating: those that it runs in floating point.
+    """
+
+    name: str
+    run: Callable[[NDArray[np.float32]], list[Array]]
+    integer: int
+    floating: int
+
+
+def open_onnxruntime(path: Path, threads: int = 1) -> Engine:
+    """ONNX Runtime; its optimized graph is written out and read to count the products.
+
+    Raises:
+        StageError: if it is not installed.
+        CheckpointError: if it cannot load the file.
+    """
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise _missing(error) from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder, 'optimized.onnx'))
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+        except Exception as error:  # its exceptions have no class in common
+            raise CheckpointError(f'ONNX Runtime cannot load {path}: {error}') from None
+        nodes = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+    (name,) = (value.name for value in session.get_inputs())
+    integer = ('MatMulIntegerToFloat', 'MatMulInteger', 'QLinearMatMul', 'QLinearConv', 'ConvInteger')
+    return Engine(
+        f'ONNX Runtime {onnxruntime.__version__}',
+        lambda images: list(session.run(None, {name: images})),
+        sum(nodes.count(kind) for kind in integer),
+        sum(
+            nodes.count(kind) for kind in ('MatMul', 'FusedMatMul', 'Gemm', 'FusedGemm', 'Einsum', 'Conv', 'FusedConv')
+        ),
+    )
+
+
+def open_openvino(path: Path, threads: int = 1) -> Engine:
+    """OpenVINO, what is not on integers in FP32; the precisions are those of its runtime graph.
+
+    Raises:
+        StageError: if it is not installed.
+        CheckpointError: if it cannot load the file.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise _missing(error) from None
+    settings = {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32'}
+    try:
+        compiled = openvino.Core().compile_model(str(path), 'CPU', settings)
+    except RuntimeError as error:
+        raise CheckpointError(f'OpenVINO cannot load {path}: {error}') from None
+    information = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ordered_ops()]
+    layers = [(i['layerType'].value, i['runtimePrecision'].value) for i in information]
+    products = [precision for kind, precision in layers if kind in ('FullyConnected', 'MatMul', 'Convolution')]
+    integer = sum(precision in ('u8', 'i8') for precision in products)
+    return Engine(
+        f'OpenVINO {openvino.__version__.partition("-")[0]}',
+        lambda images: list(compiled(images).values()),
+        integer,
+        len(products) - integer,
+    )
+
+
+ENGINES = {'onnxruntime': open_onnxruntime, 'openvino': open_openvino}
+
+
+def with_codes(source: Path, target: Path) -> int:
+    """Copy an exported file with the codes of every QuantizeLinear as further outputs, in their order.
+
+    Returns:
+        How many there are.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise _missing(error) from None
+    model = onnx.load(source)
+    names = [node.output[0] for node in model.graph.node if node.op_type == 'QuantizeLinear']
+    for name in names:
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    onnx.save(onnx.shape_inference.infer_shapes(model), target)
+    return len(names)
+
+
+def _missing(error: ImportError) -> StageError:
+    return StageError(f"this needs the package {error.name}: pip install 'gplq[deploy]'")

@@ -1,0 +1,205 @@
+"""What an engine computes from the exported file, and on what: its own graph is read after it has optimized it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gplq
+from gplq.errors import StageError, TargetError
+
+onnx = pytest.importorskip('onnx')
+ort = pytest.importorskip('onnxruntime')
+pytest.importorskip('onnxscript')
+
+
+class Session:
+    """ONNX Runtime on one thread, and the graph that it runs."""
+
+    def __init__(self, path: Path) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(path.with_suffix('.optimized'))
+        self.session = ort.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+        graph = onnx.load(options.optimized_model_filepath).graph
+        self.operations = Counter(node.op_type for node in graph.node)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        (name,) = (value.name for value in self.session.get_inputs())
+        return torch.from_numpy(self.session.run(None, {name: x.numpy()})[0])
+
+
+@pytest.mark.parametrize('fused', [True, False])
+@pytest.mark.parametrize('bits', [4, 8])
+def test_every_product_runs_on_integers(
+    quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path, bits: int, fused: bool
+) -> None:
+    """Patch embedding, classifier, and two blocks of four layers and two products; five images, not the two traced."""
+    model = quantized(f'w{bits}a{bits}', fused=fused)
+    path = tmp_path / 'model.onnx'
+    gplq.export(model, path, images[:2])
+    session = Session(path)
+    assert session.operations['MatMulIntegerToFloat'] == 2 + 2 * (4 + 2)
+    assert not {'MatMul', 'Gemm', 'Conv', 'DequantizeLinear'} & set(session.operations)
+    with torch.no_grad():
+        expected = model(images[:5])
+    assert torch.allclose(session(images[:5]), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'recipe',
+    [
+        dict(gelu_output='unsigned_offset'),
+        dict(weight_scheme='percentile_asymmetric'),
+        dict(linear_input='tensor'),
+        dict(fold_layernorm=False),
+        dict(compensation='qwt'),
+        dict(compensation='ridge'),
+    ],
+    ids=lambda recipe: '-'.join(map(str, recipe.values())),
+)
+def test_recipes(quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path, recipe: dict[str, Any]) -> None:
+    """Offsets, zero points and compensations are exported, and on integers too."""
+    model = quantized(gplq.Recipe.gplq(weight_bits=4, activation_bits=4, **recipe))
+    path = tmp_path / 'model.onnx'
+    gplq.export(model, path, images[:2])
+    session = Session(path)
+    assert not {'MatMul', 'Gemm', 'Conv', 'DequantizeLinear'} & set(session.operations)
+    with torch.no_grad():
+        assert torch.allclose(session(images), model(images), atol=1e-4)
+
+
+class Convolutions(nn.Module):
+    """Overlapping windows, groups, and a stride that leaves a border out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.down = nn.Conv2d(8, 8, 3, stride=3)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(self.depthwise(self.stem(x).relu()))
+        y: Tensor = self.head(x.mean((2, 3)))
+        return y
+
+
+class MultiheadAttention(nn.Module):
+    """Three linear maps in one parameter, called by the parent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)[:, :, :3]
+        x = torch.cat([x, x, x[:, :, :2]], 2)
+        y: Tensor = self.head(self.attention(x, x, x)[0].mean(1))
+        return y
+
+
+@pytest.mark.parametrize('model', [Convolutions, MultiheadAttention])
+def test_other_layers(model: type[nn.Module], images: Tensor, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = model().eval()
+    gplq.prepare(network, 'w4a4', images[:2])
+    gplq.calibrate(network, [images])
+    gplq.quantize_weights(network, [images])
+    path = tmp_path / 'model.onnx'
+    gplq.export(network, path, images[:2])
+    session = Session(path)
+    # Windows that overlap stay convolutions, which ONNX Runtime runs in floating point on the values of the codes.
+    assert session.operations['MatMulIntegerToFloat'] == (2 if model is Convolutions else 7)
+    assert not {'MatMul', 'Gemm'} & set(session.operations)
+    with torch.no_grad():
+        assert torch.allclose(session(images), network(images), atol=1e-4)
+
+
+def test_openvino_gives_the_same(quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path) -> None:
+    """Every head with its own scale, for any batch; all layers on unsigned bytes."""
+    openvino = pytest.importorskip('openvino')
+    model = quantized('w4a4', heads=4)
+    path = tmp_path / 'model.onnx'
+    gplq.export(model, path, images[:2])
+    settings = {'INFERENCE_NUM_THREADS': 1, 'INFERENCE_PRECISION_HINT': 'f32'}
+    compiled = openvino.Core().compile_model(str(path), 'CPU', settings)
+    found = torch.from_numpy(next(iter(compiled({'input': images.numpy()}).values())))
+    with torch.no_grad():
+        assert torch.allclose(found, model(images), atol=1e-4)
+    layers = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ordered_ops()]
+    precisions = {i['runtimePrecision'].value for i in layers if i['layerType'].value in ('FullyConnected', 'MatMul')}
+    assert precisions <= {'u8', 'i8'}
+
+
+def test_weights_take_half_a_byte(quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path) -> None:
+    """All of both blocks; the first and the last layer have 8 bits."""
+    model = quantized('w4a4')
+    gplq.export(model, tmp_path / 'model.onnx', images[:2])
+    stored = onnx.load(tmp_path / 'model.onnx').graph.initializer
+    packed = [t for t in stored if t.data_type == onnx.TensorProto.INT4]
+    expected = [p.numel() for n, p in model.named_parameters() if n.startswith('blocks') and p.dim() == 2]
+    assert sorted(len(t.raw_data) for t in packed) == sorted(count // 2 for count in expected)
+
+
+def test_the_model_stays(quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path) -> None:
+    model = quantized('w4a4')
+    with torch.no_grad():
+        before = model(images)
+        gplq.export(model, tmp_path / 'model.onnx', images[:2])
+        assert torch.equal(model(images), before)
+    gplq.save(model, tmp_path / 'model.safetensors')
+
+
+def test_a_part(quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path) -> None:
+    model = quantized('w4a4')
+    tokens = torch.randn(3, 16, 16)
+    gplq.export(model, tmp_path / 'block.onnx', tokens[:2], part='blocks.0')
+    with torch.no_grad():
+        expected = model.get_submodule('blocks.0')(tokens)
+    assert torch.allclose(Session(tmp_path / 'block.onnx')(tokens), expected, atol=1e-4)
+    with pytest.raises(TargetError, match="no part 'block'"):
+        gplq.export(model, tmp_path / 'block.onnx', tokens, part='block')
+
+
+def test_what_cannot_be_exported(
+    toy_vit: Callable[..., nn.Module], quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path
+) -> None:
+    path = tmp_path / 'model.onnx'
+    with pytest.raises(StageError, match='not prepared'):
+        gplq.export(toy_vit(), path, images[:2])
+    with pytest.raises(TargetError, match='fold=False'):
+        gplq.export(quantized(gplq.Recipe.gplq(fold=False)), path, images[:2])
+    assert not path.exists()
+
+
+class DependsOnBatch(nn.Module):
+    """Goes through its samples one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.layer(sample) for sample in x])
+
+
+def test_a_fixed_batch(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 16)
+    model = DependsOnBatch()
+    gplq.prepare(model, 'w4a4', x)
+    gplq.calibrate(model, [x])
+    gplq.quantize_weights(model, [x])
+    with pytest.raises(TargetError, match='fixed_batch=True'):
+        gplq.export(model, tmp_path / 'model.onnx', x)
+    gplq.export(model, tmp_path / 'model.onnx', x, fixed_batch=True)
+    with torch.no_grad():
+        assert torch.allclose(Session(tmp_path / 'model.onnx')(x), model(x), atol=1e-5)

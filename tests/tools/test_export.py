@@ -1,0 +1,49 @@
+"""tools/export.py on a detector's backbone and on a classifier, each quantized by a Runner."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('onnxruntime')
+pytest.importorskip('openvino')
+
+ROOT = Path(__file__).parents[2]
+FEW = dict(calibration_samples=2, exponents=(0.0, 1.0), clips=(1.0,))
+
+
+def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, *map(str, command)]
+    return subprocess.run(arguments, capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def test_the_backbone_of_a_detector(tiny_detector_config: Path, tmp_path: Path) -> None:
+    """Every product of both engines is on integers; the neck's convolutions are not exported."""
+    hook = dict(type='gplq.plugins.GPLQHook', iterations=0, validate_fp32=False, recipe=FEW)
+    done = run(ROOT / 'tools/train.py', tiny_detector_config, '--cfg-options', 'train_cfg.max_epochs=1', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = tmp_path / 'gplq.py'
+    config.write_text(
+        f'_base_ = {str(tiny_detector_config)!r}\ndefault_hooks = dict(gplq={hook!r})\n'
+        "load_from = 'work_dirs/tiny/epoch_1.pth'\n"
+    )
+    done = run(ROOT / 'tools/train.py', config, '--work-dir', 'run', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    arguments = [tiny_detector_config, 'run/gplq_w4a4.pth', 'backbone.onnx', '--part', 'backbone', '--images', 2]
+    done = run(ROOT / 'tools/export.py', *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    products = re.findall(r'^(\w+) .*: (\d+) products on integers, (\d+) in floating point$', done.stdout, re.M)
+    equal = [float(share) for share in re.findall(r'codes equal to those in PyTorch: ([\d.]+) %', done.stdout)]
+    assert [name for name, _, _ in products] == ['ONNX', 'OpenVINO']
+    assert len(equal) == 2 and min(equal) > 99
+    assert int(products[0][1]) == 1 + 2 * 6
+    # What relative positions are multiplied with is in floating point in PyTorch, too.
+    assert int(products[0][2]) == 4
+
+    done = run(ROOT / 'tools/export.py', tiny_detector_config, 'work_dirs/tiny/epoch_1.pth', 'no.onnx', cwd=tmp_path)
+    assert done.returncode == 2 and 'is not quantized' in done.stderr
+    assert not (tmp_path / 'no.onnx').exists()
