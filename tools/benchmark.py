@@ -1,4 +1,4 @@
-"""Measure GPLQ on one detector: FP32, FP32 control, round-to-nearest and GPLQ over bits, seeds and variants.
+"""Measure GPLQ on one model: FP32, FP32 control, round-to-nearest and GPLQ over bits, seeds and variants.
 
 Every run is one call of tools/train.py, printed and kept in its row. A run whose rows are in the output already is
 not made again, so the program can be stopped and started at will. Settings are chosen on --split dev; --split test
@@ -14,9 +14,11 @@ import sys
 import time
 from pathlib import Path
 
+from mmengine.config import Config
+
+from gplq.plugins.benchmark import METHODS, VARIANTS, Run, plan_runs, rows_of
 from gplq.plugins.command_line import exit_on_error
-from gplq.plugins.detection.benchmark import METHODS, VARIANTS, Run, plan_runs, rows_of
-from gplq.plugins.results import append_row, file_sha256, read_rows
+from gplq.plugins.results import ResultError, append_row, file_sha256, read_rows
 
 EXAMPLE = """example:
   GPLQ_DATA_ROOT=data/bccd python tools/benchmark.py configs/gplq_faster_rcnn_vit-tiny_bccd.py bccd_vit.pth \\
@@ -28,7 +30,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('config', help='a config with the two lines')
-    parser.add_argument('checkpoint', help='its FP32 detector')
+    parser.add_argument('checkpoint', help='its FP32 model')
     parser.add_argument('--benchmark', required=True, help='name in the rows')
     parser.add_argument('--metrics', nargs='+', default=['bbox_mAP'], help='default: bbox_mAP')
     parser.add_argument('--bits', nargs='+', type=int, default=[4, 3], help='default: 4 3')
@@ -47,6 +49,14 @@ def is_done(run: Run, metrics: list[str], sha256: str, output: Path) -> bool:
     rows = read_rows(output) if output.is_file() else []
     same = [row for row in rows if (row.command, row.split, row.checkpoint_sha256) == (run.text, run.split, sha256)]
     return set(metrics) <= {row.metric for row in same}
+
+
+def task_of(config: str) -> str:
+    """Classification where the data set has splits by name, else detection."""
+    if not Path(config).is_file():
+        raise ResultError(f'config {config} does not exist')
+    data = Config.fromfile(config).val_dataloader.dataset
+    return 'classification' if 'split' in data else 'detection'
 
 
 def carry_out(run: Run, data_root: str) -> None:
@@ -81,6 +91,7 @@ def main() -> None:
             args.variants,
             options,
             work,
+            task_of(args.config),
         )
     )
     sha256 = file_sha256(args.checkpoint)

@@ -1,4 +1,4 @@
-"""The runs of a detection benchmark: which settings each method has, and the command that carries one out."""
+"""The runs of a benchmark: which settings each method has, and the command that carries one out."""
 
 from __future__ import annotations
 
@@ -31,11 +31,30 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'no mimicking': {'mimicking': 0},
     'folded': {'recipe.exponents': [1.0], 'recipe.balance': False},
     'unfolded': {'recipe.exponents': [1.0], 'recipe.balance': False, 'recipe.fold': False},
+    'per tensor': {'recipe.linear_input': 'tensor'},
+    **{f'mimicking {weight:g}': {'mimicking': weight} for weight in (0.1, 10.0)},
+    **{f'PCA {share} %': {'stage.explained_variance': share / 100} for share in (30, 90)},
+    **{f'{count} iterations': {'iterations': count} for count in (1, 10, 100, 1000)},
+    'scales only': {'stage.lr': 0.0},
+    'nearest': {'recipe.rounding': 'nearest'},
+    **{kind: {'recipe.compensation': kind} for kind in ('qwt', 'ridge', 'affine')},
 }
 
+# How a run measures another part of the data than its config does.
+SPLITS: dict[str, dict[str, str]] = {
+    'detection': {
+        'val_dataloader.dataset.ann_file': '{split}.json',
+        'val_evaluator.ann_file': '${{GPLQ_DATA_ROOT}}/{split}.json',
+        'val_evaluator.outfile_prefix': '{work_dir}/predictions',
+    },
+    'classification': {
+        'val_dataloader.dataset.split': '{split}',
+        'val_evaluator.outfile': '{work_dir}/predictions.json',
+    },
+}
 
 # What the program sets itself, by the end of the option's name.
-OWN = ('weight_bits', 'activation_bits', 'seed', 'method', 'load_from', 'ann_file')
+OWN = ('weight_bits', 'activation_bits', 'seed', 'method', 'load_from', 'ann_file', 'split')
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,7 @@ class Run:
     variant: str
     options: tuple[tuple[str, str], ...]
     work_dir: Path
+    task: str = 'detection'
 
     @property
     def command(self) -> list[str]:
@@ -64,9 +84,8 @@ class Run:
             settings['validate_fp32'] = False
         options = {f'default_hooks.gplq.{key}': _text(value) for key, value in settings.items()}
         options |= {'load_from': self.checkpoint, 'randomness.seed': str(self.seed)}
-        options |= {'val_dataloader.dataset.ann_file': f'{self.split}.json'}
-        options |= {'val_evaluator.ann_file': f'${{GPLQ_DATA_ROOT}}/{self.split}.json'}
-        options |= {'val_evaluator.outfile_prefix': str(self.work_dir / 'predictions')}
+        place = {'split': self.split, 'work_dir': str(self.work_dir)}
+        options |= {key: value.format(**place) for key, value in SPLITS[self.task].items()}
         options |= dict(self.options)
         pairs = [f'{key}={value}' for key, value in options.items()]
         return ['python', TOOL, self.config, '--work-dir', str(self.work_dir), '--cfg-options', *pairs]
@@ -105,6 +124,7 @@ def plan_runs(
     variants: Sequence[str],
     options: dict[str, str],
     work: Path,
+    task: str = 'detection',
 ) -> Iterator[Run]:
     """Every run once: FP32 and its control know no bits, variants are GPLQ's, and FP32 knows no seed.
 
@@ -133,6 +153,7 @@ def plan_runs(
                         variant,
                         tuple(options.items()),
                         work / split / name,
+                        task,
                     )
 
 
@@ -158,7 +179,10 @@ def rows_of(run: Run, metrics: Sequence[str], model: str) -> list[ResultRow]:
         if name not in steps:
             raise ResultError(f'{record} has no step {name}: the run failed, its log is in {run.work_dir}')
         step = steps[name]
+        values = {key.rpartition('/')[2]: value for key, value in step['metrics'].items()}
         for metric in metrics:
+            if metric not in values:
+                raise ResultError(f'--metrics {metric}: the evaluator gives {sorted(values)}')
             rows.append(
                 ResultRow(
                     benchmark=run.benchmark,
@@ -172,7 +196,7 @@ def rows_of(run: Run, metrics: Sequence[str], model: str) -> list[ResultRow]:
                     effective_bits=step['effective_bits'],
                     seed=run.seed,
                     metric=metric,
-                    value=step['metrics'][f'coco/{metric}'],
+                    value=values[metric],
                     minutes=minutes_up_to(noted, name),
                     peak_memory_mb=step['peak_memory_mb'],
                     artifact_bytes=step['model_bytes'],

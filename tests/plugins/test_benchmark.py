@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gplq.plugins.detection.benchmark import METHODS, Run, plan_runs, rows_of
+from gplq.plugins.benchmark import METHODS, Run, plan_runs, rows_of
 from gplq.plugins.results import ResultError
 
 
@@ -17,7 +17,9 @@ def make_runs(tmp_path: Path) -> Callable[..., list[Run]]:
     checkpoint = tmp_path / 'fp32.pth'
     checkpoint.write_bytes(b'weights')
 
-    def make(methods=tuple(METHODS), bits=(4, 3), seeds=(0, 1), variants=('', 'folded'), options=None) -> list[Run]:
+    def make(
+        methods=tuple(METHODS), bits=(4, 3), seeds=(0, 1), variants=('', 'folded'), options=None, **more
+    ) -> list[Run]:
         return list(
             plan_runs(
                 'cells',
@@ -30,6 +32,7 @@ def make_runs(tmp_path: Path) -> Callable[..., list[Run]]:
                 variants,
                 options or {},
                 tmp_path / 'work',
+                **more,
             )
         )
 
@@ -78,6 +81,21 @@ def test_rows_sum_the_minutes_of_the_steps_up_to_theirs(make_runs: Callable[...,
     rows = rows_of(run, ['bbox_mAP'], 'vit')
     assert [(r.weight_bits, r.activation_bits, r.value, r.minutes) for r in rows] == [(32, 3, 0.4, 2), (3, 3, 0.3, 2.5)]
     assert {(r.variant, r.seed, r.split, r.peak_memory_mb) for r in rows} == {('folded', 1, 'dev', 7.0)}
+
+
+def test_a_classifier_takes_its_split_by_name(make_runs: Callable[..., list[Run]]) -> None:
+    (run,) = make_runs(['gplq'], [3], [1], [''], task='classification')
+    options = dict(part.split('=', 1) for part in run.command[run.command.index('--cfg-options') + 1 :])
+    assert options['val_dataloader.dataset.split'] == 'dev'
+    assert options['val_evaluator.outfile'] == f'{run.work_dir}/predictions.json'
+    assert not any('ann_file' in key for key in options)
+    run.work_dir.mkdir(parents=True)
+    shared = dict(metrics={'top1': 27.0}, minutes=1.0, effective_bits=3.1, model_bytes=100, peak_memory_mb=7.0)
+    steps = [dict(step='W32A3', **shared), dict(step='W3A3', **shared)]
+    (run.work_dir / 'gplq.json').write_text(json.dumps(steps))
+    assert [row.value for row in rows_of(run, ['top1'], 'vit')] == [27.0, 27.0]
+    with pytest.raises(ResultError, match="--metrics top5: the evaluator gives \\['top1'\\]"):
+        rows_of(run, ['top5'], 'vit')
 
 
 def test_an_unfinished_run_gives_no_rows(make_runs: Callable[..., list[Run]]) -> None:
