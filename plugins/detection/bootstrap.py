@@ -1,10 +1,9 @@
-"""Paired bootstrap over images: is one detector's AP higher than another's by more than chance?"""
+"""AP of resampled images, from matches that are found once."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,19 +14,10 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-__all__ = ['Difference', 'MatchedImages', 'match_images', 'paired_bootstrap']
+from gplq.plugins.bootstrap import Difference, paired_bootstrap, read_json
+from gplq.plugins.results import ResultError
 
-
-@dataclass(frozen=True)
-class Difference:
-    """AP of both detectors, second minus first, and the interval of 95 % of the resampled differences."""
-
-    first: float
-    second: float
-    difference: float
-    low: float
-    high: float
-    samples: int
+__all__ = ['MatchedImages', 'compare_detectors', 'match_images']
 
 
 @dataclass(frozen=True)
@@ -71,12 +61,12 @@ def match_images(truth: COCO, results: list[dict[str, Any]], iou_type: str = 'bb
     """Match detections, as COCO's result format lists them, to the annotated objects.
 
     Raises:
-        ValueError: `iou_type` is neither bbox nor segm, or a detection lies in an image without record.
+        ResultError: `iou_type` is neither bbox nor segm, or a detection lies in an image without record.
     """
     if iou_type not in ('bbox', 'segm'):
-        raise ValueError(f"bootstrap: no iou_type {iou_type!r}; 'bbox' or 'segm'")
+        raise ResultError(f"no iou_type {iou_type!r}; 'bbox' or 'segm'")
     if foreign := {r['image_id'] for r in results} - set(truth.getImgIds()):
-        raise ValueError(f'bootstrap: predictions for images that are not annotated, such as id {min(foreign)}')
+        raise ResultError(f'predictions for images that are not annotated, such as id {min(foreign)}')
     with contextlib.redirect_stdout(io.StringIO()):
         # loadRes takes no empty list.
         detections = truth.loadRes(results) if results else COCO()
@@ -108,7 +98,7 @@ def _category(matches: list[dict[str, Any] | None], thresholds: int) -> _Categor
     return _Category(image[order], (matched & ~ignored)[:, order], (~matched & ~ignored)[:, order], objects)
 
 
-def paired_bootstrap(
+def compare_detectors(
     annotations: str | os.PathLike[str],
     first: str | os.PathLike[str],
     second: str | os.PathLike[str],
@@ -117,32 +107,21 @@ def paired_bootstrap(
     seed: int = 0,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> Difference:
-    """Resample images with replacement, the same for both files of predictions, and compare their AP.
-
-    The files are those that mmdet's `CocoMetric` writes with `outfile_prefix`.
+    """Compare two detectors' AP by the files that mmdet's `CocoMetric` writes with `outfile_prefix`.
 
     Raises:
-        ValueError: fewer than two samples, or what `match_images` refuses.
+        ResultError: a file is missing or no such file, or what `match_images` refuses.
     """
-    if samples < 2:
-        raise ValueError(f'bootstrap: {samples} samples give no interval; 1000 is usual')
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(os.fspath(annotations))
+        truth = COCO()
+        truth.dataset = read_json(annotations)
+        truth.createIndex()
     one, two = (match_images(truth, _load(path), iou_type) for path in (first, second))
-    rng = np.random.default_rng(seed)
-    differences = []
-    for _ in progress(range(samples)):
-        counts = np.bincount(rng.integers(one.images, size=one.images), minlength=one.images)
-        differences.append(two.average_precision(counts) - one.average_precision(counts))
-    once = np.ones(one.images, dtype=np.int64)
-    ap = one.average_precision(once), two.average_precision(once)
-    low, high = np.nanpercentile(differences, [2.5, 97.5])
-    return Difference(*ap, ap[1] - ap[0], float(low), float(high), samples)
+    return paired_bootstrap(one.images, one.average_precision, two.average_precision, samples, seed, progress)
 
 
 def _load(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    with open(path, encoding='utf-8') as file:
-        results = json.load(file)
+    results = read_json(path)
     if not isinstance(results, list):
-        raise ValueError(f'bootstrap: {os.fspath(path)} is no list of predictions; give PREFIX.bbox.json')
+        raise ResultError(f'{os.fspath(path)} is no list of predictions; give PREFIX.bbox.json')
     return results

@@ -9,7 +9,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from gplq.plugins.detection.bootstrap import match_images, paired_bootstrap
+from gplq.plugins.detection.bootstrap import compare_detectors, match_images
 from gplq.plugins.detection.shapes import CLASSES, ShapesSettings, write_split
 
 
@@ -127,7 +127,7 @@ def test_interval_separates_a_good_from_a_bad_detector_only(noisy_detections, tm
         (tmp_path / f'{name}.json').write_text(json.dumps(make(noise, seed)))
 
     def compare(first: str, second: str):
-        return paired_bootstrap(path, tmp_path / f'{first}.json', tmp_path / f'{second}.json', samples=200)
+        return compare_detectors(path, tmp_path / f'{first}.json', tmp_path / f'{second}.json', samples=200)
 
     worse = compare('good', 'bad')
     assert worse.high < 0
@@ -146,10 +146,11 @@ def test_refuses_what_it_cannot_compare(tmp_path) -> None:
         match_images(truth, [prediction(7, BOX, 0.5)])
     with pytest.raises(ValueError, match="iou_type 'mask'"):
         match_images(truth, [], 'mask')
-    with pytest.raises(ValueError, match='1 samples'):
-        paired_bootstrap('a', 'b', 'c', samples=1)
     annotations, results = tmp_path / 'truth.json', tmp_path / 'results.json'
     annotations.write_text(json.dumps(truth.dataset))
     results.write_text('{}')
     with pytest.raises(ValueError, match='results.json is no list'):
-        paired_bootstrap(annotations, results, results)
+        compare_detectors(annotations, results, results)
+    results.write_text('[]')
+    with pytest.raises(ValueError, match='--samples 1 '):
+        compare_detectors(annotations, results, results, samples=1)
