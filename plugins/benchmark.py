@@ -141,7 +141,11 @@ def plan_runs(
                 for variant in variants if method == 'gplq' else ('',):
                     if method == 'fp32' and seed != seeds[0]:
                         continue
-                    name = '_'.join(filter(None, (method, f'w{width}', variant.replace(' ', '_'), slug, f's{seed}')))
+                    # The same command whatever the seeds, so that a later call finds it done.
+                    run_seed = 0 if method == 'fp32' else seed
+                    name = '_'.join(
+                        filter(None, (method, f'w{width}', variant.replace(' ', '_'), slug, f's{run_seed}'))
+                    )
                     yield Run(
                         benchmark,
                         config,
@@ -149,7 +153,7 @@ def plan_runs(
                         split,
                         method,
                         width,
-                        seed,
+                        run_seed,
                         variant,
                         tuple(options.items()),
                         work / split / name,

@@ -43,6 +43,7 @@ def test_fp32_runs_once_its_control_once_a_seed_and_variants_are_ours(make_runs:
     runs = make_runs()
     count = {method: sum(run.method == method for run in runs) for method in METHODS}
     assert count == {'fp32': 1, 'fp32_control': 2, 'rtn': 2 * 2, 'gplq': 2 * 2 * 2}
+    assert [run.text for run in make_runs(['fp32'], seeds=(2, 1))] == [run.text for run in make_runs(['fp32'])]
     assert len({run.work_dir for run in runs}) == len({run.text for run in runs}) == len(runs)
 
 
