@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,11 +41,7 @@ def open_onnxruntime(path: Path, threads: int = 1) -> Engine:
         StageError: if it is not installed.
         CheckpointError: if it cannot load the file.
     """
-    try:
-        import onnx
-        import onnxruntime
-    except ImportError as error:
-        raise _missing(error) from None
+    onnx, onnxruntime = _require('onnx'), _require('onnxruntime')
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -74,10 +71,7 @@ def open_openvino(path: Path, threads: int = 1) -> Engine:
         StageError: if it is not installed.
         CheckpointError: if it cannot load the file.
     """
-    try:
-        import openvino
-    except ImportError as error:
-        raise _missing(error) from None
+    openvino = _require('openvino')
     settings = {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32'}
     try:
         compiled = openvino.Core().compile_model(str(path), 'CPU', settings)
@@ -104,10 +98,7 @@ def with_codes(source: Path, target: Path) -> int:
     Returns:
         How many there are.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise _missing(error) from None
+    onnx = _require('onnx')
     model = onnx.load(source)
     names = [node.output[0] for node in model.graph.node if node.op_type == 'QuantizeLinear']
     for name in names:
@@ -116,5 +107,8 @@ def with_codes(source: Path, target: Path) -> int:
     return len(names)
 
 
-def _missing(error: ImportError) -> StageError:
-    return StageError(f"this needs the package {error.name}: pip install 'gplq[deploy]'")
+def _require(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise StageError(f"this needs the package {error.name}: pip install 'gplq[deploy]'") from None

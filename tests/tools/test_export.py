@@ -1,4 +1,4 @@
-"""tools/export.py on a detector's backbone and on a classifier, each quantized by a Runner."""
+"""tools/export.py on a detector's backbone; the classifier's is with its pipeline."""
 
 from __future__ import annotations
 
