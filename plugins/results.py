@@ -24,6 +24,7 @@ import torch
 from gplq.errors import GPLQError
 
 __all__ = [
+    'BOUNDS',
     'SCOPES',
     'Measurement',
     'ResultError',
@@ -39,6 +40,8 @@ __all__ = [
 ]
 
 SCOPES = ('backbone', 'detector')
+# Endings of a metric's name: 95 % of the resampled differences from FP32 lie between the two.
+BOUNDS = ('_low', '_high')
 BITS = (2, 3, 4, 5, 6, 7, 8, 32)
 PACKAGES = (
     'gplq',
@@ -64,7 +67,8 @@ class ResultRow:
 
     `method` is `fp32`, `fp32_control`, `rtn`, `gplq` or a peer's name. Floating-point weights have 32 bits:
     W32A4 is `weight_bits=32, activation_bits=4`. `effective_bits` counts 8-bit sites and compensation too.
-    `variant` tells apart runs that differ in a setting, such as 'no mimicking'.
+    `variant` tells apart runs that differ in a setting, such as 'no mimicking'. A metric that ends in one of `BOUNDS`
+    is a bound of the interval of its difference from FP32, which may be negative.
 
     Raises:
         ResultError: a field has a value that no run can give.
@@ -103,10 +107,12 @@ class ResultRow:
             self._require(name, _is_int(bits) and bits in BITS, '2 to 8, or 32 for floating point')
         self._require('seed', _is_int(self.seed) and self.seed >= 0, 'give a whole number')
         self._require('value', _is_finite(self.value), 'the run has no result')
+        # A bound of the interval around a difference may be negative.
+        least = -1 if self.metric.endswith(BOUNDS) else 0
         if 'mAP' in self.metric:
-            self._require('value', 0 <= self.value <= 1, f'{self.metric} is a fraction')
+            self._require('value', least <= self.value <= 1, f'{self.metric} is a fraction')
         if self.metric.startswith('top'):
-            self._require('value', 0 <= self.value <= 100, f'{self.metric} is a percentage')
+            self._require('value', 100 * least <= self.value <= 100, f'{self.metric} is a percentage')
         for name in ('effective_bits', 'minutes', 'peak_memory_mb'):
             number = getattr(self, name)
             self._require(name, number is None or (_is_finite(number) and number >= 0), 'give a number, or None')

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from .results import ResultError, ResultRow, read_rows
+from .results import BOUNDS, ResultError, ResultRow, read_rows
 
 __all__ = ['fill_tables', 'render_table']
 
@@ -24,6 +24,7 @@ EXTRA = {
     'peak_memory_mb': ('peak memory, MB', '{:.0f}', 1),
     'artifact_bytes': ('artifact, MB', '{:.2f}', 1e6),
 }
+INTERVAL = 'interval'
 
 _Key = tuple[str, int, int, str, str]
 
@@ -31,8 +32,9 @@ _Key = tuple[str, int, int, str, str]
 def fill_tables(text: str, root: Path) -> str:
     """Fill every block between `<!-- table: FILE metrics=A,B … -->` and `<!-- /table -->` of a page.
 
-    FILE is relative to `root`; `also=minutes,artifact_bytes` adds columns; any other `field=value,value`
-    keeps the rows with one of these values. Values with spaces are quoted.
+    FILE is relative to `root`; `also=interval,minutes,artifact_bytes` adds columns, `interval` one for each metric,
+    with the bounds of its difference from FP32; any other `field=value,value` keeps the rows with one of these values.
+    Values with spaces are quoted.
 
     Raises:
         ResultError: an option is unknown, or rows contradict each other.
@@ -45,7 +47,7 @@ def fill_tables(text: str, root: Path) -> str:
             raise ResultError(f'table of {path}: write <!-- table: FILE metrics=A,B field=value -->, not {options}')
         metrics = settings.pop('metrics').split(',')
         also = settings.pop('also').split(',') if 'also' in settings else []
-        if foreign := sorted(set(settings) - FIELDS) + sorted(set(also) - set(EXTRA)):
+        if foreign := sorted(set(settings) - FIELDS) + sorted(set(also) - {*EXTRA, INTERVAL}):
             raise ResultError(f'table of {path}: no field {", ".join(foreign)}')
         rows = read_rows(root / path) if (root / path).is_file() else []
         wanted = {name: values.split(',') for name, values in settings.items()}
@@ -58,15 +60,18 @@ def fill_tables(text: str, root: Path) -> str:
 def render_table(rows: Iterable[ResultRow], metrics: Sequence[str], also: Sequence[str] = ()) -> str:
     """Write rows as a table: a line for each method, bits and variant, mean ± standard deviation over seeds.
 
-    A row that was run again replaces the earlier one.
+    Bounds of intervals are means over seeds too. A row that was run again replaces the earlier one.
 
     Raises:
         ResultError: rows of one model start from two checkpoints, or are of two splits or scopes.
     """
+    extra = [name for name in also if name != INTERVAL]
+    bounds = {metric: [metric + end for end in BOUNDS] for metric in metrics if INTERVAL in also}
+    wanted = {*metrics, *(bound for pair in bounds.values() for bound in pair)}
     groups: dict[_Key, dict[str, dict[int, ResultRow]]] = {}
     first: dict[str, ResultRow] = {}
     for row in rows:
-        if row.metric not in metrics:
+        if row.metric not in wanted:
             continue
         start = first.setdefault(row.model, row)
         if _identity(start) != _identity(row):
@@ -81,7 +86,9 @@ def render_table(rows: Iterable[ResultRow], metrics: Sequence[str], also: Sequen
     models = len({key[0] for key in groups}) > 1
     variants = any(key[4] for key in groups)
     head = (['model'] if models else []) + ['method'] + (['variant'] if variants else []) + ['bits']
-    columns = [*(metric.replace('_', ' ') for metric in metrics), *(EXTRA[name][0] for name in also), 'seeds']
+    columns = [metric.replace('_', ' ') for metric in metrics]
+    columns += [f'{metric.replace("_", " ")} − FP32, 95 %' for metric in bounds]
+    columns += [*(EXTRA[name][0] for name in extra), 'seeds']
     lines = [[*head, *columns], ['---'] * len(head) + ['---:'] * len(columns)]
     for key in sorted(groups, key=_order):
         model, weight_bits, activation_bits, method, variant = key
@@ -89,8 +96,9 @@ def render_table(rows: Iterable[ResultRow], metrics: Sequence[str], also: Sequen
         line = ([model] if models else []) + [method] + ([variant] if variants else [])
         line.append('FP32' if weight_bits == activation_bits == 32 else f'W{weight_bits}A{activation_bits}')
         line += [_mean([r.value for r in figures.get(metric, {}).values()], _digits(metric)) for metric in metrics]
+        line += [_interval(figures, pair, _digits(metric)) for metric, pair in bounds.items()]
         runs = {row.seed: row for of_metric in figures.values() for row in of_metric.values()}
-        for name in also:
+        for name in extra:
             _, form, unit = EXTRA[name]
             numbers = [getattr(r, name) / unit for r in runs.values() if getattr(r, name) is not None]
             line.append(form.format(statistics.fmean(numbers)) if numbers else '')
@@ -118,3 +126,10 @@ def _mean(values: list[float], form: str) -> str:
         return ''
     mean = form.format(statistics.fmean(values))
     return mean if len(values) == 1 else f'{mean} ± {form.format(statistics.stdev(values))}'
+
+
+def _interval(figures: dict[str, dict[int, ResultRow]], bounds: Sequence[str], form: str) -> str:
+    if not all(bound in figures for bound in bounds):
+        return ''
+    means = [statistics.fmean(row.value for row in figures[bound].values()) for bound in bounds]
+    return ' to '.join(form.replace(':', ':+').format(mean) for mean in means)

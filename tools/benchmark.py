@@ -1,8 +1,9 @@
 """Measure GPLQ on one model: FP32, FP32 control, round-to-nearest and GPLQ over bits, seeds and variants.
 
 Every run is one call of tools/train.py, printed and kept in its row. A run whose rows are in the output already is
-not made again, so the program can be stopped and started at will. Settings are chosen on --split dev; --split test
-is read once, for the table.
+not made again, so the program can be stopped and started at will. Where FP32 is among the methods, each run's
+difference from it gets a 95 % interval from resampled images, as tools/bootstrap.py gives it. Settings are chosen on
+--split dev; --split test is read once, for the table.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.utils import track_iter_progress
 
-from gplq.plugins.benchmark import METHODS, VARIANTS, Run, plan_runs, rows_of
+from gplq.plugins.benchmark import METHODS, VARIANTS, Comparison, Run, plan_runs, rows_of
 from gplq.plugins.command_line import exit_on_error
 from gplq.plugins.results import ResultError, append_row, file_sha256, read_rows
 
@@ -35,13 +38,27 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--metrics', nargs='+', default=['bbox_mAP'], help='default: bbox_mAP')
     parser.add_argument('--bits', nargs='+', type=int, default=[4, 3], help='default: 4 3')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='default: 0')
-    parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS))
-    parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=[''], help="'' is the hook as it is")
+    parser.add_argument(
+        '--methods', nargs='+', choices=METHODS, default=list(METHODS), metavar='METHOD', help=_choices(METHODS)
+    )
+    parser.add_argument(
+        '--variants',
+        nargs='+',
+        choices=VARIANTS,
+        default=[''],
+        metavar='VARIANT',
+        help=f"{_choices(VARIANTS)}; '' is the hook as it is (default: '')",
+    )
     parser.add_argument('--split', choices=('dev', 'test'), default='dev', help='default: dev')
     parser.add_argument('--output', type=Path, help='default: results/BENCHMARK.jsonl; for dev, in --work-dir')
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/BENCHMARK')
     parser.add_argument('--options', nargs='+', default=[], metavar='KEY=VALUE', help='for every run')
     return parser.parse_args()
+
+
+def _choices(names: Iterable[str]) -> str:
+    # argparse formats help texts with %.
+    return ', '.join(repr(name) if ' ' in name else name for name in names if name).replace('%', '%%')
 
 
 def is_done(run: Run, metrics: list[str], sha256: str, output: Path) -> bool:
@@ -65,6 +82,25 @@ def carry_out(run: Run, data_root: str) -> None:
         done = subprocess.run(run.arguments(data_root), stdout=log, stderr=subprocess.STDOUT)
     if done.returncode:
         sys.exit(f'failed, see {run.work_dir / "log.txt"}')
+
+
+def add_intervals(runs: list[Run], metrics: list[str], data_root: str, sha256: str, output: Path) -> None:
+    """Compare each run's predictions with FP32's, unless its rows are there."""
+    references = [run for run in runs if run.method == 'fp32']
+    if not references:
+        return
+    pairs = [Comparison(run, references[0], metric) for run in runs if run.method != 'fp32' for metric in metrics]
+    pairs = [pair for pair in pairs if pair.files is not None]
+    rows = [row for row in read_rows(output) if row.checkpoint_sha256 == sha256]
+    done = {row.command for row in rows}
+    figures = {(row.command, row.metric, row.weight_bits): row for row in rows}
+    waiting = [pair for pair in pairs if pair.text not in done]
+    if waiting:
+        print(f'\n{len(waiting)} intervals')
+    for pair in track_iter_progress(waiting) if waiting else ():
+        _, weight_bits, _ = pair.run.bits_of_rows[-1]
+        for row in pair.rows(pair.measure(data_root), figures[pair.run.text, pair.metric, weight_bits]):
+            append_row(output, row)
 
 
 def main() -> None:
@@ -107,6 +143,7 @@ def main() -> None:
             print(f'W{row.weight_bits}A{row.activation_bits} {row.metric} {row.value:.4f}')
         left = (time.perf_counter() - start) / number * (len(waiting) - number) / 60
         print(f'{left:.0f} minutes left', flush=True)
+    add_intervals(runs, args.metrics, data_root, sha256, output)
 
 
 if __name__ == '__main__':

@@ -71,6 +71,23 @@ def test_variants_models_and_missing_metrics() -> None:
     assert '| 76.2 |' in render_table(rows, ['top1'])
 
 
+def test_bounds_of_the_difference_from_fp32_are_a_column_of_their_own() -> None:
+    rows = [make_row('fp32', 32, 32, 0.55)]
+    for seed, low in enumerate((-0.02, -0.01)):
+        rows += [
+            make_row('gplq', 4, 4, 0.56, seed),
+            make_row('gplq', 4, 4, low, seed, metric='bbox_mAP_low'),
+            make_row('gplq', 4, 4, 0.03, seed, metric='bbox_mAP_high'),
+        ]
+    assert render_table(rows, ['bbox_mAP'], ['interval', 'minutes']).splitlines() == [
+        '| method | bits | bbox mAP | bbox mAP − FP32, 95 % | minutes | seeds |',
+        '| --- | --- | ---: | ---: | ---: | ---: |',
+        '| fp32 | FP32 | 0.550 |  | 2.0 | 1 |',
+        '| gplq | W4A4 | 0.560 ± 0.000 | -0.015 to +0.030 | 2.0 | 2 |',
+    ]
+    assert 'FP32, 95 %' not in render_table(rows, ['bbox_mAP'])
+
+
 def test_a_repeated_run_replaces_the_earlier_one() -> None:
     table = render_table([make_row('rtn', 4, 4, 0.1), make_row('rtn', 4, 4, 0.2)], ['bbox_mAP'])
     assert '| 0.200 | 1 |' in table
