@@ -19,8 +19,9 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.utils import track_iter_progress
 
-from gplq.plugins.benchmark import METHODS, VARIANTS, Comparison, Run, plan_runs, rows_of
+from gplq.plugins.benchmark import METHODS, VARIANTS, Run, plan_runs, rows_of
 from gplq.plugins.command_line import exit_on_error
+from gplq.plugins.comparison import Comparison
 from gplq.plugins.results import ResultError, append_row, file_sha256, read_rows
 
 EXAMPLE = """example:

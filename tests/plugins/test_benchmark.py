@@ -4,40 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from gplq.plugins.benchmark import METHODS, Comparison, Run, plan_runs, rows_of
-from gplq.plugins.results import ResultError, ResultRow
-
-
-@pytest.fixture
-def make_runs(tmp_path: Path) -> Callable[..., list[Run]]:
-    checkpoint = tmp_path / 'fp32.pth'
-    checkpoint.write_bytes(b'weights')
-
-    def make(
-        methods=tuple(METHODS), bits=(4, 3), seeds=(0, 1), variants=('', 'folded'), options=None, **more
-    ) -> list[Run]:
-        return list(
-            plan_runs(
-                'cells',
-                'configs/a.py',
-                str(checkpoint),
-                'dev',
-                methods,
-                bits,
-                seeds,
-                variants,
-                options or {},
-                tmp_path / 'work',
-                **more,
-            )
-        )
-
-    return make
+from gplq.plugins.benchmark import METHODS, Run, rows_of
+from gplq.plugins.results import ResultError
 
 
 def test_fp32_runs_once_its_control_once_a_seed_and_variants_are_ours(make_runs: Callable[..., list[Run]]) -> None:
@@ -138,46 +109,3 @@ def test_scope_is_that_of_the_targets(targets: str, scope: str, make_runs: Calla
 def test_options_that_the_runs_differ_in_are_refused(make_runs: Callable[..., list[Run]]) -> None:
     with pytest.raises(ResultError, match='default_hooks.gplq.seed is no option'):
         make_runs(options={'default_hooks.gplq.seed': '7'})
-
-
-def classifier_rows(run: Run, right: int, images: int = 10) -> list[ResultRow]:
-    """Rows of a finished run that recognizes the first images."""
-    run.work_dir.mkdir(parents=True)
-    shared = dict(metrics={'top1': 100 * right / images}, minutes=1.0, peak_memory_mb=7.0, model_bytes=100)
-    steps = [dict(step=name, effective_bits=float(bits), **shared) for name, bits, _ in run.bits_of_rows]
-    (run.work_dir / 'gplq.json').write_text(json.dumps(steps))
-    found = {f'{i}.jpg': {'found': 'cat' if i < right else 'dog', 'label': 'cat'} for i in range(images)}
-    (run.work_dir / 'predictions.json').write_text(json.dumps(found))
-    return rows_of(run, ['top1'], 'vit')
-
-
-def test_the_interval_of_a_difference_from_fp32_becomes_two_rows(make_runs: Callable[..., list[Run]]) -> None:
-    fp32, run = make_runs(['fp32', 'gplq'], [3], [0], [''], task='classification')
-    pair = Comparison(run, fp32, 'top1')
-    assert pair.files is None
-    with pytest.raises(ResultError, match='holds no predictions for top1'):
-        pair.measure('')
-    classifier_rows(fp32, right=5)
-    *_, row = classifier_rows(run, right=4)
-    low, high = pair.rows(pair.measure(''), row)
-    assert (low.metric, high.metric) == ('top1_low', 'top1_high')
-    assert low.command == f'python tools/bootstrap.py {fp32.work_dir}/predictions.json {run.work_dir}/predictions.json'
-    # One image of ten is lost, the fifth: how often it is drawn in ten draws is binomial.
-    assert (low.value, high.value) == (-30.0, 0.0)
-    assert (low.weight_bits, low.seed, low.method, low.variant) == (3, 0, 'gplq', '')
-    with pytest.raises(ResultError, match='its predictions give top1 40.0000, its row has 50.0000'):
-        pair.rows(pair.measure(''), replace(row, value=50.0))
-
-
-def test_a_detector_is_compared_by_boxes_or_masks_and_the_truth_of_its_split(
-    make_runs: Callable[..., list[Run]],
-) -> None:
-    fp32, run = make_runs(['fp32', 'rtn'], [3], [0])
-    for of in (fp32, run):
-        of.work_dir.mkdir(parents=True)
-        (of.work_dir / 'predictions.segm.json').write_text('[]')
-    assert Comparison(run, fp32, 'bbox_mAP').files is None
-    assert Comparison(run, fp32, 'bbox_mAP_50').files is None
-    assert Comparison(run, fp32, 'segm_mAP').text.endswith(
-        'predictions.segm.json --annotations ${GPLQ_DATA_ROOT}/dev.json --iou-type segm'
-    )
