@@ -207,8 +207,8 @@ def train_activations(
     if loss is None and (teacher is None or stage.mimicking_weight == 0):
         raise RecipeError('without labels (loss=None) a teacher is needed: pass a copy of the FP32 model')
     for name, length in (('epochs', epochs), ('iterations', iterations)):
-        if length is not None and length < 1:
-            raise RecipeError(f'{name}={length} must be at least 1')
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+            raise RecipeError(f'{name}={length!r} must be a whole number of at least 1')
     mimics = teacher is not None and stage.mimicking_weight > 0
     passes = mimics + (epochs if iterations is None else 1)
     if isinstance(loader, Iterator) and passes > 1:
@@ -218,8 +218,10 @@ def train_activations(
         )
     _check_precision(model)
     device = next(model.parameters()).device
-    steps = epochs * len(loader) if iterations is None and isinstance(loader, Sized) else iterations
-    optimizer = torch.optim.AdamW(parameter_groups(model, stage, steps), betas=(0.9, 0.999))
+    groups = parameter_groups(model, stage, _steps(loader, epochs) if iterations is None else iterations)
+    if not groups:
+        raise TrainingError('every weight and scale is frozen (requires_grad=False): there is nothing to train')
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
     with ExitStack() as stack:
         mimicking = None
         if teacher is not None and mimics:
@@ -243,6 +245,14 @@ def train_activations(
                 statistics.restore()
                 raise
             optimizer.step()
+
+
+def _steps(loader: Iterable[Any], epochs: int) -> int | None:
+    """Iterations of ``epochs`` passes, None for a stream: a DataLoader over one has a length in name alone."""
+    try:
+        return epochs * len(loader) if isinstance(loader, Sized) else None
+    except TypeError:
+        return None
 
 
 def _check_precision(model: nn.Module) -> None:
@@ -300,6 +310,9 @@ def _step_loss(
 ) -> Tensor:
     if loss is not None:
         total = loss(model, batch)
+        if not isinstance(total, Tensor) or total.numel() != 1:
+            shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
+            raise TrainingError(f'loss must return one number as a tensor, it returned {shape}: sum its parts')
         return total if mimicking is None else total + mimicking()
     assert mimicking is not None
     forward(model, batch)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gplq.errors import StageError, TargetError
+from gplq.errors import CalibrationError, StageError, TargetError
 from gplq.exported import exported_twin
 from gplq.files import write_bytes_atomically
 from gplq.record import Stage, record_of
@@ -50,6 +50,7 @@ def export(
     Raises:
         StageError: if the weights are not quantized, or the ``onnx`` package is missing.
         TargetError: if there is no such part, a layer has no integer product, or the model cannot be traced.
+        CalibrationError: if there is no example.
         WriteError: if the file cannot be written.
     """
     record_of(model, Stage.QUANTIZED)
@@ -60,6 +61,8 @@ def export(
         raise StageError(f"export needs the package {error.name}: pip install 'gplq[deploy]'") from None
     if part and part not in dict(model.named_modules()):
         raise TargetError(f'{type(model).__name__} has no part {part!r} to export')
+    if example_inputs is None or not len(example_inputs):
+        raise CalibrationError('export needs example_inputs, a batch of what the exported part takes')
     twin = exported_twin(model)
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     graph = _trace(twin.get_submodule(part), inputs, fixed_batch)

@@ -11,6 +11,7 @@ from torch import Tensor
 from gplq.errors import StageError, TargetError
 from gplq.layers import LinearCompensation, QuantizedConv2d, WeightView
 from gplq.products import QuantizedProduct
+from gplq.spec import FLOAT_BITS
 
 __all__ = [
     'IntegerLinear',
@@ -45,7 +46,13 @@ def integer_linear(view: WeightView, bias: Tensor | None = None) -> IntegerLinea
     """
     quantizer, weight = view.map.input, view.map.weight
     if quantizer is None or weight is None or not weight.enabled or not quantizer.enabled:
-        raise StageError(f'{view.name}: input and weight are not both quantized: run calibrate and quantize_weights')
+        bits = [FLOAT_BITS if part is None else part.spec.bits for part in (weight, quantizer)]
+        remedy = (
+            'its recipe leaves one of them in floating point, so that it has no integer product'
+            if FLOAT_BITS in bits
+            else 'run calibrate and quantize_weights'
+        )
+        raise StageError(f'{view.name} (W{bits[0]}A{bits[1]}): input and weight are not both quantized: {remedy}')
     if not weight.folded and quantizer.scale.numel() > 1:
         raise TargetError(
             f'{view.name}: its input has a scale a channel that is not folded (fold=False); no integer product exists'

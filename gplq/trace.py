@@ -191,6 +191,19 @@ def _inner_factor(before: torch.Size, after: torch.Size) -> int:
     return 0
 
 
+def _moves_channels(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a roll or padding puts a channel in another's place, or values that are no channel's."""
+    options = dict(zip(('input', 'shifts' if func is torch.roll else 'pad'), args, strict=False)) | kwargs
+    if func is torch.roll:
+        dims = kwargs.get('dims', args[2] if len(args) > 2 else ())
+        dims = dims if isinstance(dims, (tuple, list)) else (dims,)
+        return not dims or any(axis in (-1, options['input'].dim() - 1) for axis in dims)
+    if func is F.pad:
+        value = kwargs.get('value', args[3] if len(args) > 3 else None)
+        return any(options['pad'][:2]) or bool(value)
+    return False
+
+
 class _Tracer(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -301,7 +314,8 @@ class _Tracer(TorchFunctionMode):
         if func in _MOVES:
             norm = tags[0].norm if tags else ''
             # What a norm put out by channels must still lie so: token mixers turn it around first.
-            if norm and (output.shape[-1], output.stride(-1)) != (args[0].shape[-1], args[0].stride(-1)):
+            turned = norm and (output.shape[-1], output.stride(-1)) != (args[0].shape[-1], args[0].stride(-1))
+            if norm and (turned or _moves_channels(func, args, kwargs)):
                 self.trace.shared_norms.add(norm)
                 return ''
             return norm

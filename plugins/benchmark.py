@@ -13,10 +13,12 @@ from typing import Any
 
 from gplq.plugins.hooks.report import minutes_up_to
 from gplq.plugins.results import ResultError, ResultRow, commit, file_sha256, versions
+from gplq.spec import check_bits
 
 __all__ = ['METHODS', 'VARIANTS', 'Run', 'plan_runs', 'rows_of']
 
 TOOL = 'tools/train.py'
+HOOK = 'default_hooks.gplq.'
 
 METHODS: dict[str, dict[str, Any]] = {
     'fp32': {'weight_bits': 32, 'activation_bits': 32, 'iterations': 0},
@@ -82,7 +84,7 @@ class Run:
         settings['seed'] = self.seed
         if self.method != 'fp32':
             settings['validate_fp32'] = False
-        options = {f'default_hooks.gplq.{key}': _text(value) for key, value in settings.items()}
+        options = {f'{HOOK}{key}': _text(value) for key, value in settings.items()}
         options |= {'load_from': self.checkpoint, 'randomness.seed': str(self.seed)}
         place = {'split': self.split, 'work_dir': str(self.work_dir)}
         options |= {key: value.format(**place) for key, value in SPLITS[self.task].items()}
@@ -93,14 +95,8 @@ class Run:
     @property
     def label(self) -> str:
         """What differs from the method as it is: the variant and the user's options."""
-        own = [f'{key.removeprefix("default_hooks.gplq.")}={value}' for key, value in self.options]
+        own = [f'{key.removeprefix(HOOK)}={value}' for key, value in self.options]
         return ', '.join(filter(None, (self.variant, *own)))
-
-    @property
-    def scope(self) -> str:
-        """What is quantized, as a row says it."""
-        targets = re.findall(r'[\w.*]+', dict(self.options).get('default_hooks.gplq.targets', 'backbone'))
-        return 'backbone' if all(name.split('.')[0] == 'backbone' for name in targets) else 'detector'
 
     @property
     def text(self) -> str:
@@ -122,6 +118,13 @@ class Run:
             'rtn': [(f'W{self.bits}A{self.bits}', self.bits, self.bits)],
         }[self.method]
 
+    def is_done(self, metrics: Sequence[str], sha256: str, rows: Sequence[ResultRow]) -> bool:
+        """Whether ``rows`` hold every metric of each step, measured on the checkpoint of this hash."""
+        mine = (self.text, self.split, sha256)
+        same = [row for row in rows if (row.command, row.split, row.checkpoint_sha256) == mine]
+        wanted = {(metric, *bits) for metric in metrics for _, *bits in self.bits_of_rows}
+        return wanted <= {(row.metric, row.weight_bits, row.activation_bits) for row in same}
+
 
 def plan_runs(
     benchmark: str,
@@ -139,11 +142,20 @@ def plan_runs(
     """Every run once: FP32 and its control know no bits, variants are GPLQ's, and FP32 knows no seed.
 
     Raises:
-        ResultError: if an option is one of those that the runs differ in.
+        ResultError: if an option is one of those that the runs differ in, or that a method or variant among them sets.
+        RecipeError: if bits are not supported.
     """
+    for width in bits:
+        check_bits(width, '--bits')
+    chosen = {f'--methods {name}': METHODS[name] for name in methods}
+    if 'gplq' in methods:
+        chosen |= {f'--variants {name!r}': VARIANTS[name] for name in variants}
     for key in options:
         if key.rpartition('.')[2] in OWN:
             raise ResultError(f'{key} is no option: --bits, --seeds, --methods, --split and CHECKPOINT set it')
+        for what, settings in chosen.items():
+            if key.removeprefix(HOOK) in settings:
+                raise ResultError(f'{key} is no option beside {what}, which sets it: measure them one at a time')
     slug = re.sub(r'[^\w.=-]+', '_', '_'.join(f'{key}={value}' for key, value in options.items()))
     for seed in seeds:
         for method in methods:
@@ -196,7 +208,8 @@ def rows_of(run: Run, metrics: Sequence[str], model: str) -> list[ResultRow]:
                     benchmark=run.benchmark,
                     split=run.split,
                     model=model,
-                    scope=run.scope,
+                    # A classifier's head is the last layer, which every method quantizes alike.
+                    scope=step['scope'] if run.task == 'detection' else 'backbone',
                     checkpoint_sha256=file_sha256(run.checkpoint),
                     method=run.method,
                     weight_bits=weight_bits,

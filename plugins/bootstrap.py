@@ -47,6 +47,8 @@ def paired_bootstrap(
     """
     if samples < 2:
         raise ResultError(f'--samples {samples} give no interval; 1000 is usual')
+    if seed < 0:
+        raise ResultError(f'--seed {seed} must be at least 0')
     rng = np.random.default_rng(seed)
     differences = []
     for _ in progress(range(samples)):
@@ -85,12 +87,12 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Contents of a file of predictions.
 
     Raises:
-        ResultError: it is missing or no JSON.
+        ResultError: it cannot be read or is no JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        raise ResultError(f'{os.fspath(path)} does not exist') from None
+    except OSError as error:
+        raise ResultError(f'{os.fspath(path)} cannot be read: {error.strerror}') from None
     except ValueError as error:
         raise ResultError(f'{os.fspath(path)} is no JSON: {error}') from None
 

@@ -46,18 +46,19 @@ class Comparison:
             parts += ['--annotations', f'${{GPLQ_DATA_ROOT}}/{self.run.split}.json', '--iou-type', iou_type]
         return ' '.join(parts)
 
-    def rows(self, difference: Difference, row: ResultRow) -> list[ResultRow]:
-        """The bounds of the interval as rows like `row`, the figure's.
+    def rows(self, difference: Difference, fp32: ResultRow, row: ResultRow) -> list[ResultRow]:
+        """The bounds of the interval as rows like `row`, the run's figure; `fp32` is FP32's.
 
         Raises:
             ResultError: the predictions give another figure, so they are of another run.
         """
         # mmdet prints three decimals of AP.
-        if abs(difference.second - row.value) > 0.001:
-            raise ResultError(
-                f'{self.run.work_dir}: its predictions give {self.metric} {difference.second:.4f}, its row has '
-                f'{row.value:.4f}; they are of two runs, so delete the folder and the row and measure again'
-            )
+        for run, found, known in ((self.fp32, difference.first, fp32), (self.run, difference.second, row)):
+            if abs(found - known.value) > 0.001:
+                raise ResultError(
+                    f'{run.work_dir}: its predictions give {self.metric} {found:.4f}, its row has {known.value:.4f}; '
+                    'they are of two runs, so delete the folder and the row and measure again'
+                )
         values = zip(BOUNDS, (difference.low, difference.high), strict=True)
         return [replace(row, metric=self.metric + end, value=value, command=self.text) for end, value in values]
 

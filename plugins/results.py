@@ -198,7 +198,9 @@ def commit() -> str:
     try:
         # A wheel may lie inside someone else's repository, whose commit says nothing about this code.
         git('ls-files', '--error-unmatch', here.name)
-        return git('rev-parse', 'HEAD') + ('-dirty' if git('status', '--porcelain', '-uno') else '')
+        # Rows that are appended to a tracked file of results change no code.
+        changed = git('status', '--porcelain', '-uno', '--', ':/', ':(top,exclude)results')
+        return git('rev-parse', 'HEAD') + ('-dirty' if changed else '')
     except (OSError, subprocess.CalledProcessError):
         return f'release-{importlib.metadata.version("gplq")}'
 

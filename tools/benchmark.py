@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='a config with the two lines')
     parser.add_argument('checkpoint', help='its FP32 model')
     parser.add_argument('--benchmark', required=True, help='name in the rows')
-    parser.add_argument('--metrics', nargs='+', default=['bbox_mAP'], help='default: bbox_mAP')
+    parser.add_argument('--metrics', nargs='+', help='default: bbox_mAP, or top1 for classifiers')
     parser.add_argument('--bits', nargs='+', type=int, default=[4, 3], help='default: 4 3')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='default: 0')
     parser.add_argument(
@@ -62,18 +63,14 @@ def _choices(names: Iterable[str]) -> str:
     return ', '.join(repr(name) if ' ' in name else name for name in names if name).replace('%', '%%')
 
 
-def is_done(run: Run, metrics: list[str], sha256: str, output: Path) -> bool:
-    """Whether every metric of this command is there, measured on the checkpoint as it is now."""
-    rows = read_rows(output) if output.is_file() else []
-    same = [row for row in rows if (row.command, row.split, row.checkpoint_sha256) == (run.text, run.split, sha256)]
-    return set(metrics) <= {row.metric for row in same}
-
-
 def task_of(config: str) -> str:
     """Classification where the data set has splits by name, else detection."""
     if not Path(config).is_file():
         raise ResultError(f'config {config} does not exist')
-    data = Config.fromfile(config).val_dataloader.dataset
+    loader = Config.fromfile(config).get('val_dataloader')
+    if not loader:
+        raise ResultError(f'{config} has no val_dataloader, on whose data the figures are measured')
+    data = loader.dataset
     return 'classification' if 'split' in data else 'detection'
 
 
@@ -82,7 +79,8 @@ def carry_out(run: Run, data_root: str) -> None:
     with open(run.work_dir / 'log.txt', 'w') as log:
         done = subprocess.run(run.arguments(data_root), stdout=log, stderr=subprocess.STDOUT)
     if done.returncode:
-        sys.exit(f'failed, see {run.work_dir / "log.txt"}')
+        reasons = re.findall(r'^(?:error: .*|\w*Error: .*)', (run.work_dir / 'log.txt').read_text(), re.MULTILINE)
+        sys.exit(f'failed: {reasons[-1] if reasons else "no reason given"}\nsee {run.work_dir / "log.txt"}')
 
 
 def add_intervals(runs: list[Run], metrics: list[str], data_root: str, sha256: str, output: Path) -> None:
@@ -100,7 +98,8 @@ def add_intervals(runs: list[Run], metrics: list[str], data_root: str, sha256: s
         print(f'\n{len(waiting)} intervals')
     for pair in track_iter_progress(waiting) if waiting else ():
         _, weight_bits, _ = pair.run.bits_of_rows[-1]
-        for row in pair.rows(pair.measure(data_root), figures[pair.run.text, pair.metric, weight_bits]):
+        known = figures[pair.fp32.text, pair.metric, 32], figures[pair.run.text, pair.metric, weight_bits]
+        for row in pair.rows(pair.measure(data_root), *known):
             append_row(output, row)
 
 
@@ -116,6 +115,8 @@ def main() -> None:
     if not Path(args.checkpoint).is_file():
         sys.exit(f'error: checkpoint {args.checkpoint} does not exist')
     options = dict(option.split('=', 1) for option in args.options)
+    task = task_of(args.config)
+    metrics = args.metrics or ['bbox_mAP' if task == 'detection' else 'top1']
     runs = list(
         plan_runs(
             args.benchmark,
@@ -128,23 +129,24 @@ def main() -> None:
             args.variants,
             options,
             work,
-            task_of(args.config),
+            task,
         )
     )
     sha256 = file_sha256(args.checkpoint)
-    waiting = [run for run in runs if not is_done(run, args.metrics, sha256, output)]
+    known = read_rows(output) if output.is_file() else []
+    waiting = [run for run in runs if not run.is_done(metrics, sha256, known)]
     print(f'{len(runs)} runs, {len(runs) - len(waiting)} of them done already; rows: {output}')
     start = time.perf_counter()
     for number, run in enumerate(waiting, start=1):
         print(f'\n[{number}/{len(waiting)}] {run.text}', flush=True)
         carry_out(run, data_root)
         model = Path(args.config).stem.removeprefix('gplq_').removesuffix(f'_{args.benchmark}')
-        for row in rows_of(run, args.metrics, model):
+        for row in rows_of(run, metrics, model):
             append_row(output, row)
             print(f'W{row.weight_bits}A{row.activation_bits} {row.metric} {row.value:.4f}')
         left = (time.perf_counter() - start) / number * (len(waiting) - number) / 60
         print(f'{left:.0f} minutes left', flush=True)
-    add_intervals(runs, args.metrics, data_root, sha256, output)
+    add_intervals(runs, metrics, data_root, sha256, output)
 
 
 if __name__ == '__main__':

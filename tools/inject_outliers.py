@@ -15,6 +15,7 @@ from torch import nn
 
 from gplq import prepare
 from gplq.errors import CheckpointError, GPLQError
+from gplq.files import write_atomically
 from gplq.outliers import inject_outliers
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
 from gplq.plugins.hooks.checkpoints import check_keys, quantization_of, read_checkpoint, tensors_of
@@ -59,6 +60,8 @@ def main() -> None:
     args = parse_args()
     cfg = read_config(args)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
+    if 'backbone' not in cfg.model:
+        raise GPLQError(f'{args.config}: its model has no backbone to put outliers into')
     cfg.model.backbone.pop('init_cfg', None)
     checkpoint = read_checkpoint(args.checkpoint)
     model = MODELS.build(cfg.model)
@@ -71,7 +74,9 @@ def main() -> None:
     if not found.norms:
         raise GPLQError(f'{args.config}: no LayerNorm of its backbone is read by a single Linear')
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    torch.save({'state_dict': model.state_dict()}, args.output)
+    meta = {name: value for name, value in checkpoint.get('meta', {}).items() if name == 'dataset_meta'}
+    content = {'meta': meta, 'state_dict': model.state_dict()}
+    write_atomically(args.output, lambda path: torch.save(content, path))
     print(f'{found.channels} outlier channels in {found.norms} LayerNorms: {args.output}')
 
 

@@ -114,14 +114,37 @@ def compare_detectors(
     """
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
-        truth.dataset = read_json(annotations)
+        truth.dataset = _truth(annotations)
         truth.createIndex()
-    one, two = (match_images(truth, _load(path), iou_type) for path in (first, second))
+    one, two = (match_images(truth, _load(path, iou_type), iou_type) for path in (first, second))
     return paired_bootstrap(one.images, one.average_precision, two.average_precision, samples, seed, progress)
 
 
-def _load(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def _truth(path: str | os.PathLike[str]) -> dict[str, Any]:
+    content = read_json(path)
+    parts = ('images', 'annotations', 'categories')
+    fits = isinstance(content, dict) and all(_are_dicts(content.get(part)) for part in parts)
+    if not fits or not content['images']:
+        raise ResultError(f"{os.fspath(path)} holds no annotations in COCO's format: images, annotations, categories")
+    of_object = {'id', 'image_id', 'category_id', 'area', 'iscrowd'}
+    needed = {'images': {'id'}, 'categories': {'id'}, 'annotations': of_object}
+    for part, names in needed.items():
+        if missing := next((names - set(item) for item in content[part] if names - set(item)), None):
+            raise ResultError(f'{os.fspath(path)}: one of its {part} has no {min(missing)}')
+    return content
+
+
+def _load(path: str | os.PathLike[str], iou_type: str) -> list[dict[str, Any]]:
     results = read_json(path)
-    if not isinstance(results, list):
-        raise ResultError(f'{os.fspath(path)} is no list of predictions; give PREFIX.bbox.json')
-    return results
+    shape = {'bbox': 'bbox', 'segm': 'segmentation'}.get(iou_type, 'bbox')
+    needed = {'image_id', 'category_id', 'score', shape}
+    if not _are_dicts(results) or any(needed - set(result) for result in results):
+        raise ResultError(
+            f'{os.fspath(path)} is no list of predictions with {", ".join(sorted(needed))}; give PREFIX.{iou_type}.json'
+        )
+    found: list[dict[str, Any]] = results
+    return found
+
+
+def _are_dicts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)

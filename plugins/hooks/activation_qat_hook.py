@@ -17,7 +17,7 @@ from gplq.calibrate import calibrate
 from gplq.errors import CheckpointError, StageError
 from gplq.files import remove_unfinished
 from gplq.plugins.atomic_backend import BACKEND_ARGS, save_atomically
-from gplq.plugins.hooks.average import adopt_average, copy_anew
+from gplq.plugins.hooks.average import adopt_average, copy_anew, refuse_earlier
 from gplq.plugins.hooks.checkpoints import check_keys, check_source, complete, quantization_of
 from gplq.plugins.hooks.company import refuse_beside
 from gplq.plugins.hooks.data import calibration_loader
@@ -89,6 +89,7 @@ class ActivationQATHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         refuse_beside(runner, self, ActivationQATHook)
+        refuse_earlier(runner, self)
         allow_mmengine_objects()
         training = trains(runner)
         if self._done or runner._has_loaded and not training:
@@ -121,7 +122,7 @@ class ActivationQATHook(Hook):
 
     def _prepare(self, runner: Runner, model: nn.Module) -> None:
         recipe = self.settings.recipe
-        if _inside_part(recipe.targets, self.settings.part):
+        if self.settings.inside_part:
             plan = prepare(model, recipe, forward=blank_forward(model, self.settings))
         else:
             batch = next(iter(calibration_loader(runner, self.settings, 1)))
@@ -222,8 +223,7 @@ class ActivationQATHook(Hook):
 
     def forward(self, model: nn.Module) -> Any:
         """What calibration runs: the part, or the whole model where targets reach beyond it."""
-        inside = _inside_part(self.settings.recipe.targets, self.settings.part)
-        return PartForward(self.settings.part) if inside else whole_forward
+        return PartForward(self.settings.part) if self.settings.inside_part else whole_forward
 
     def _attach(self, runner: Runner, model: nn.Module, *, resumed: bool) -> None:
         """Add the feature loss to the model's losses and watch that they stay finite."""
@@ -314,7 +314,3 @@ def _initialized_by_checkpoint() -> None:
 
 def _source(runner: Runner) -> str:
     return str(runner._load_from or 'the checkpoint')
-
-
-def _inside_part(targets: tuple[str, ...], part: str) -> bool:
-    return all(pattern == part or pattern.startswith(f'{part}.') for pattern in targets)

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from mmengine.hooks import EMAHook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
+from mmengine.runner.priority import get_priority
 
-__all__ = ['adopt_average', 'copy_anew']
+from gplq.errors import StageError
+
+__all__ = ['adopt_average', 'copy_anew', 'refuse_earlier']
+
+
+def refuse_earlier(runner: Runner, hook: Hook) -> None:
+    """Refuse hooks that would copy the model before ``hook`` inserts the quantizers.
+
+    Raises:
+        StageError: naming the priority.
+    """
+    for other in runner.hooks:
+        if isinstance(other, EMAHook) and get_priority(other.priority) <= get_priority(hook.priority):
+            raise StageError(
+                f'{type(other).__name__} has the priority {other.priority} and would copy the model before '
+                f"{type(hook).__name__} ({hook.priority}) inserts the quantizers: set priority='NORMAL' for it"
+            )
 
 
 def copy_anew(runner: Runner) -> None:

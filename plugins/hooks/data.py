@@ -34,11 +34,9 @@ def calibration_loader(runner: Runner, settings: HookSettings, samples: int) -> 
     config = runner.cfg.get('train_dataloader')
     if config is None:
         raise CalibrationError('the config has no train_dataloader to take calibration images from')
-    dataset_config = _innermost(copy.deepcopy(config['dataset']))
     evaluation = runner.cfg.get('val_dataloader') or runner.cfg.get('test_dataloader')
-    if evaluation is not None and 'pipeline' in dataset_config:
-        dataset_config['pipeline'] = _annotated(copy.deepcopy(_innermost(evaluation['dataset'])['pipeline']))
-    dataset = DATASETS.build(dataset_config)
+    pipeline = None if evaluation is None else _first_pipeline(evaluation['dataset'])
+    dataset = DATASETS.build(_plain(copy.deepcopy(config['dataset']), pipeline))
     if hasattr(dataset, 'full_init'):
         dataset.full_init()
     if len(dataset) == 0:
@@ -74,8 +72,21 @@ def _collate(config: Any) -> Callable[[Any], Any]:
     return partial(FUNCTIONS.get(function) if isinstance(function, str) else function, **options)
 
 
-def _innermost(config: Any) -> ConfigDict:
-    """The data set inside wrappers such as RepeatDataset or ConcatDataset."""
+def _plain(config: ConfigDict, pipeline: list[Any] | None) -> ConfigDict:
+    """The data sets inside wrappers such as RepeatDataset, those of a ConcatDataset side by side."""
+    if 'datasets' in config:
+        config['datasets'] = [_plain(one, pipeline) for one in config['datasets']]
+        return config
+    if 'dataset' in config:
+        return _plain(config['dataset'], pipeline)
+    if pipeline is not None and 'pipeline' in config:
+        config['pipeline'] = _annotated(copy.deepcopy(pipeline))
+    return config
+
+
+def _first_pipeline(config: ConfigDict) -> list[Any] | None:
+    """The pipeline of a data set, or of the first of those inside it."""
     while 'dataset' in config or 'datasets' in config:
         config = config['dataset'] if 'dataset' in config else config['datasets'][0]
-    return config
+    pipeline: list[Any] | None = config.get('pipeline')
+    return pipeline

@@ -71,7 +71,8 @@ class Report:
         cost = {'minutes': minutes, 'peak_memory_mb': peak_memory_mb()}
         # A run that was resumed behind the step measures it again.
         self.steps = [earlier for earlier in self.steps if earlier['step'] != step]
-        self.steps.append({'step': step, 'metrics': metrics, **cost, **size, **files})
+        scope = 'backbone' if self.settings.inside_part else 'detector'
+        self.steps.append({'step': step, 'metrics': metrics, 'scope': scope, **cost, **size, **files})
         if is_main_process():
             path = Path(runner.work_dir) / FILE
             write_bytes_atomically(path, json.dumps(self.steps, indent=1).encode())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from mmengine.dataset import InfiniteSampler
+from mmengine.dist import get_world_size
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
@@ -44,7 +47,7 @@ def keep_schedule(runner: Runner, settings: HookSettings) -> list[Change]:
     optimizer = _wrapper(runner).optimizer
     scales = [p for _, q in named_quantizers(model_of(runner)) for p in q.parameters()]
     if scales:
-        _, rate = learning_rates(settings.stage, runner.train_loop.max_iters)
+        _, rate = learning_rates(settings.stage, _updates(runner))
         optimizer.add_param_group({'params': scales, 'lr': rate, 'weight_decay': 0.0})
     if runner.param_schedulers is not None:
         # Those that are there know nothing of the new group: a warm-up would drive it from its first factor to 1.
@@ -66,6 +69,9 @@ def table(changes: list[Change]) -> str:
 def _set_length(runner: Runner, settings: HookSettings) -> list[Change]:
     loop = runner.train_loop
     epoch = len(loop.dataloader)
+    if isinstance(getattr(loop.dataloader.batch_sampler, 'sampler', None), InfiniteSampler):
+        # Its length is that of all the data; a rank reads its share.
+        epoch = math.ceil(epoch / get_world_size())
     if epoch == 0:
         samples, batch = len(loop.dataloader.dataset), loop.dataloader.batch_size
         raise DataError(
@@ -99,7 +105,7 @@ def _set_length(runner: Runner, settings: HookSettings) -> list[Change]:
 def _set_optimizer(runner: Runner, settings: HookSettings) -> list[Change]:
     wrapper = _wrapper(runner)
     old = wrapper.optimizer
-    stage, length = settings.stage, runner.train_loop.max_iters
+    stage, length = settings.stage, _updates(runner)
     lr, scale_lr = learning_rates(stage, length)
     changes = [
         ('optimizer', type(old).__name__, 'AdamW'),
@@ -124,6 +130,11 @@ def _wrapper(runner: Runner) -> OptimWrapper:
     if isinstance(runner.optim_wrapper, OptimWrapperDict):
         raise RecipeError('several optimizers (OptimWrapperDict) are not supported: use one optim_wrapper')
     return runner.optim_wrapper
+
+
+def _updates(runner: Runner) -> int:
+    """Steps of the optimizer, which decide how far a rate moves the weights: several iterations may share one."""
+    return math.ceil(runner.train_loop.max_iters / _wrapper(runner)._accumulative_counts)
 
 
 def _silence_drop_path(model: nn.Module) -> float:

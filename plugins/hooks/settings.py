@@ -84,6 +84,11 @@ class HookSettings:
             )
         if self.label_free and self.stage.mimicking_weight == 0:
             raise RecipeError('label_free=True trains on mimicking alone: set mimicking above 0')
+        if self.label_free and not self.inside_part:
+            raise RecipeError(
+                f'label_free=True never runs what lies outside of {self.part!r}, so that targets='
+                f'{self.recipe.targets} would stay half quantized: name targets inside it'
+            )
 
     @classmethod
     def from_config(cls, **config: Any) -> HookSettings:
@@ -113,6 +118,12 @@ class HookSettings:
             stage=ActivationStage(**{**STAGES.get(method, {}), **stage}),
             **given,
         )
+
+    @property
+    def inside_part(self) -> bool:
+        """Whether nothing outside of the part is quantized."""
+        part = self.part
+        return all(pattern == part or pattern.startswith(f'{part}.') for pattern in self.recipe.targets)
 
     @property
     def trains(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class WeightPTQHook(Hook):
     def __init__(self, *, activations: ActivationQATHook | None = None, **config: Any) -> None:
         self._activations = activations or ActivationQATHook(**{'iterations': 0, **config})
         self._alone = activations is None
+        self._given = set(config)
 
     def before_run(self, runner: Runner) -> None:
         refuse_beside(runner, self, WeightPTQHook)
@@ -53,12 +55,19 @@ class WeightPTQHook(Hook):
 
     def _join(self, activations: ActivationQATHook) -> None:
         """Take over from a hook of the config that does the activation stage."""
-        ours, theirs = self._activations.settings.recipe, activations.settings.recipe
-        if ours != theirs:
+        ours, theirs = self._activations.settings, activations.settings
+        remedy = 'give both the same arguments, or use GPLQHook, which is both'
+        if ours.recipe != theirs.recipe:
             raise RecipeError(
-                f'WeightPTQHook ({ours.name}) and ActivationQATHook ({theirs.name}) are set up differently: '
-                'give both the same arguments, or use GPLQHook, which is both'
+                f'WeightPTQHook ({ours.recipe.name}) and ActivationQATHook ({theirs.recipe.name}) are set up '
+                f'differently: {remedy}'
             )
+        for name in self._given & {field.name for field in fields(theirs)}:
+            if getattr(ours, name) != getattr(theirs, name):
+                raise RecipeError(
+                    f'{name} is {getattr(ours, name)!r} for WeightPTQHook and {getattr(theirs, name)!r} for '
+                    f'ActivationQATHook: {remedy}'
+                )
         self._activations, self._alone = activations, False
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:

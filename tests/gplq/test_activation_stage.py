@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
 
 import gplq
 from gplq.activation_stage import feature_point, learning_rates, parameter_groups, stage_iterations
@@ -401,3 +402,41 @@ def test_weights_in_half_precision_are_refused(
     before = model.head.weight.detach().clone()
     gplq.train_activations(model, labelled(images.float()), stage=FAST)
     assert not torch.equal(model.head.weight, before)
+
+
+class Stream(IterableDataset):
+    """Images whose number nobody knows before they are read."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self.images, torch.arange(len(self.images)) % 5, strict=True)
+
+
+def test_a_stream_has_no_length(calibrated: Pair, images: Tensor) -> None:
+    model, teacher = calibrated
+    before = model.head.weight.detach().clone()
+    gplq.train_activations(model, DataLoader(Stream(images), batch_size=4), teacher=teacher)
+    # The rates of a long stage, since the length is unknown: a step of AdamW is at most its rate.
+    steps = -(-len(images) // 4)
+    assert 0 < float((model.head.weight.detach() - before).abs().max()) <= 5e-6 * steps * 1.01
+
+
+@pytest.mark.parametrize('epochs', [1.5, 0, True])
+def test_epochs_are_a_whole_number(epochs: Any, calibrated: Pair, images: Tensor) -> None:
+    with pytest.raises(RecipeError, match=f'epochs={epochs} must be a whole number'):
+        gplq.train_activations(calibrated[0], labelled(images), epochs=epochs)
+
+
+def test_a_frozen_model_cannot_be_trained(calibrated: Pair, images: Tensor) -> None:
+    model, _ = calibrated
+    model.requires_grad_(False)
+    with pytest.raises(TrainingError, match='every weight and scale is frozen'):
+        gplq.train_activations(model, labelled(images))
+
+
+@pytest.mark.parametrize(('result', 'named'), [({'loss': 1.0}, 'dict'), (torch.ones(3), r'\(3,\)')])
+def test_a_loss_is_one_number(result: Any, named: str, calibrated: Pair, images: Tensor) -> None:
+    with pytest.raises(TrainingError, match=f'it returned {named}: sum its parts'):
+        gplq.train_activations(calibrated[0], labelled(images), loss=lambda model, batch: result)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import gplq
 from gplq.layernorm_folding import fold_into_layernorms
@@ -76,3 +77,35 @@ class Pooled(nn.Module):
 
 def test_a_classifiers_norm_stays_since_others_read_its_features(inputs):
     assert gplq.prepare(Pooled(), 'w8a8', inputs[:1]).norms == ()
+
+
+class Moved(nn.Module):
+    """A norm whose output one layer reads after an operation."""
+
+    def __init__(self, move):
+        super().__init__()
+        self.norm, self.layer, self.move = nn.LayerNorm(6), nn.Linear(6, 6), move
+
+    def forward(self, x):
+        return x + self.layer(self.move(self.norm(x)))[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize(
+    ('move', 'followed'),
+    [
+        (lambda y: torch.roll(y, 1, 1), True),
+        (lambda y: torch.roll(y, (1, 2), dims=(0, 1)), True),
+        (lambda y: torch.roll(y, 1, -1), False),
+        (lambda y: torch.roll(y, 1, dims=2), False),
+        (lambda y: torch.roll(y, (1, 1), (1, 2)), False),
+        (lambda y: torch.roll(y, 1), False),
+        (lambda y: F.pad(y, (0, 0, 1, 1)), True),
+        (lambda y: F.pad(y, (2, -2)), False),
+        (lambda y: F.pad(y, (0, 0, 1, 1), value=1.0), False),
+        (lambda y: F.pad(y, (0, 0, 1, 1), 'constant', 1.0), False),
+    ],
+)
+def test_a_channel_that_lies_in_anothers_place_is_no_longer_the_norms(move, followed, inputs):
+    torch.manual_seed(0)
+    plan = gplq.prepare(Moved(move).eval(), 'w8a8', inputs[:2])
+    assert plan.norms == ((('norm', 'layer'),) if followed else ())

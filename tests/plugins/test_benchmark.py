@@ -7,8 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
+from gplq.errors import RecipeError
 from gplq.plugins.benchmark import METHODS, Run, rows_of
 from gplq.plugins.results import ResultError
+
+STEP = dict(effective_bits=3.1, model_bytes=100, peak_memory_mb=7.0, scope='backbone')
 
 
 def test_fp32_runs_once_its_control_once_a_seed_and_variants_are_ours(make_runs: Callable[..., list[Run]]) -> None:
@@ -46,6 +49,7 @@ def test_rows_sum_the_minutes_of_the_steps_up_to_theirs(make_runs: Callable[...,
             effective_bits=bits,
             model_bytes=100,
             peak_memory_mb=7.0,
+            scope='backbone',
         )
         for step, value, minutes, bits in (('FP32', 0.5, 0.0, 32.0), ('W32A3', 0.4, 2.0, 32.0), ('W3A3', 0.3, 0.5, 3.1))
     ]
@@ -63,7 +67,9 @@ def test_a_classifier_takes_its_split_by_name(make_runs: Callable[..., list[Run]
     assert options['val_evaluator.outfile'] == f'{run.work_dir}/predictions.json'
     assert not any('ann_file' in key for key in options)
     run.work_dir.mkdir(parents=True)
-    shared = dict(metrics={'top1': 27.0}, minutes=1.0, effective_bits=3.1, model_bytes=100, peak_memory_mb=7.0)
+    shared = dict(
+        metrics={'top1': 27.0}, minutes=1.0, effective_bits=3.1, model_bytes=100, peak_memory_mb=7.0, scope='backbone'
+    )
     steps = [dict(step='W32A3', **shared), dict(step='W3A3', **shared)]
     (run.work_dir / 'gplq.json').write_text(json.dumps(steps))
     assert [row.value for row in rows_of(run, ['top1'], 'vit')] == [27.0, 27.0]
@@ -83,7 +89,9 @@ def test_an_unfinished_run_gives_no_rows(make_runs: Callable[..., list[Run]]) ->
 
 def test_calibration_counts_as_time_of_round_to_nearest(make_runs: Callable[..., list[Run]]) -> None:
     (run,) = make_runs(['rtn'], [3], [0], [''])
-    shared = dict(metrics={'coco/bbox_mAP': 0.3}, effective_bits=3.1, model_bytes=100, peak_memory_mb=7.0)
+    shared = dict(
+        metrics={'coco/bbox_mAP': 0.3}, effective_bits=3.1, model_bytes=100, peak_memory_mb=7.0, scope='backbone'
+    )
     run.work_dir.mkdir(parents=True)
     steps = [dict(step='W32A3', minutes=2.0, **shared), dict(step='W3A3', minutes=0.5, **shared)]
     (run.work_dir / 'gplq.json').write_text(json.dumps(steps))
@@ -97,15 +105,55 @@ def test_options_are_part_of_the_variant_and_of_the_folder(make_runs: Callable[.
     assert plain.work_dir != run.work_dir
 
 
-@pytest.mark.parametrize(
-    ('targets', 'scope'),
-    [("['backbone']", 'backbone'), ("['backbone.blocks.*']", 'backbone'), ("['backbone','neck']", 'detector')],
-)
-def test_scope_is_that_of_the_targets(targets: str, scope: str, make_runs: Callable[..., list[Run]]) -> None:
-    (run,) = make_runs(['gplq'], [3], [0], [''], {'default_hooks.gplq.targets': targets})
-    assert run.scope == scope
+@pytest.mark.parametrize(('task', 'expected'), [('detection', 'detector'), ('classification', 'backbone')])
+def test_scope_is_what_the_hook_says_it_quantized(
+    task: str, expected: str, make_runs: Callable[..., list[Run]]
+) -> None:
+    (run,) = make_runs(['rtn'], [3], [0], [''], task=task)
+    step = dict(STEP, metrics={'top1': 1.0}, minutes=1.0)
+    run.work_dir.mkdir(parents=True)
+    (run.work_dir / 'gplq.json').write_text(json.dumps([dict(step, step='W3A3', scope='detector')]))
+    assert [row.scope for row in rows_of(run, ['top1'], 'vit')] == [expected]
+
+
+def test_a_run_is_done_when_each_step_has_every_metric(make_runs: Callable[..., list[Run]]) -> None:
+    (run,) = make_runs(['gplq'], [3], [0], [''])
+    step = dict(STEP, metrics={'top1': 1.0, 'top5': 2.0}, minutes=1.0)
+    run.work_dir.mkdir(parents=True)
+    steps = [dict(step, step=name) for name in ('W32A3', 'W3A3')]
+    (run.work_dir / 'gplq.json').write_text(json.dumps(steps))
+    rows = rows_of(run, ['top1', 'top5'], 'vit')
+    sha256 = rows[0].checkpoint_sha256
+    assert run.is_done(['top1', 'top5'], sha256, rows)
+    assert run.is_done(['top1'], sha256, rows)
+    assert not run.is_done(['top1'], 64 * '0', rows)
+    # A run that was killed between two rows is not done.
+    assert not any(run.is_done(['top1', 'top5'], sha256, rows[:count]) for count in range(4))
 
 
 def test_options_that_the_runs_differ_in_are_refused(make_runs: Callable[..., list[Run]]) -> None:
     with pytest.raises(ResultError, match='default_hooks.gplq.seed is no option'):
         make_runs(options={'default_hooks.gplq.seed': '7'})
+
+
+@pytest.mark.parametrize(
+    ('methods', 'variants', 'option', 'culprit'),
+    [
+        (['fp32', 'gplq'], [''], 'iterations', '--methods fp32'),
+        (['rtn'], [''], 'iterations', '--methods rtn'),
+        (['gplq'], ['', 'no mimicking'], 'mimicking', "--variants 'no mimicking'"),
+        (['gplq'], ['folded'], 'recipe.balance', "--variants 'folded'"),
+    ],
+)
+def test_options_that_would_undo_a_method_or_variant_are_refused(
+    methods: list[str], variants: list[str], option: str, culprit: str, make_runs: Callable[..., list[Run]]
+) -> None:
+    options = {f'default_hooks.gplq.{option}': '2'}
+    with pytest.raises(ResultError, match=f'{option} is no option beside {culprit}'):
+        make_runs(methods, [3], [0], variants, options)
+    make_runs(['gplq'], [3], [0], [''], options)
+
+
+def test_bits_are_checked_before_anything_runs(make_runs: Callable[..., list[Run]]) -> None:
+    with pytest.raises(RecipeError, match='--bits=9 is not supported'):
+        make_runs(bits=(4, 9))

@@ -16,7 +16,9 @@ from gplq.plugins.results import ResultError, ResultRow
 def classifier_rows(run: Run, right: int, images: int = 10) -> list[ResultRow]:
     """Rows of a finished run that recognizes the first images."""
     run.work_dir.mkdir(parents=True)
-    shared = dict(metrics={'top1': 100 * right / images}, minutes=1.0, peak_memory_mb=7.0, model_bytes=100)
+    shared = dict(
+        metrics={'top1': 100 * right / images}, minutes=1.0, peak_memory_mb=7.0, model_bytes=100, scope='backbone'
+    )
     steps = [dict(step=name, effective_bits=float(bits), **shared) for name, bits, _ in run.bits_of_rows]
     (run.work_dir / 'gplq.json').write_text(json.dumps(steps))
     found = {f'{i}.jpg': {'found': 'cat' if i < right else 'dog', 'label': 'cat'} for i in range(images)}
@@ -30,16 +32,18 @@ def test_the_interval_of_a_difference_from_fp32_becomes_two_rows(make_runs: Call
     assert pair.files is None
     with pytest.raises(ResultError, match='holds no predictions for top1'):
         pair.measure('')
-    classifier_rows(fp32, right=5)
+    (known,) = classifier_rows(fp32, right=5)
     *_, row = classifier_rows(run, right=4)
-    low, high = pair.rows(pair.measure(''), row)
+    low, high = pair.rows(pair.measure(''), known, row)
     assert (low.metric, high.metric) == ('top1_low', 'top1_high')
     assert low.command == f'python tools/bootstrap.py {fp32.work_dir}/predictions.json {run.work_dir}/predictions.json'
     # One image of ten is lost, the fifth: how often it is drawn in ten draws is binomial.
     assert (low.value, high.value) == (-30.0, 0.0)
     assert (low.weight_bits, low.seed, low.method, low.variant) == (3, 0, 'gplq', '')
     with pytest.raises(ResultError, match='its predictions give top1 40.0000, its row has 50.0000'):
-        pair.rows(pair.measure(''), replace(row, value=50.0))
+        pair.rows(pair.measure(''), known, replace(row, value=50.0))
+    with pytest.raises(ResultError, match='fp32_w32_s0: its predictions give top1 50.0000, its row has 60.0000'):
+        pair.rows(pair.measure(''), replace(known, value=60.0), row)
 
 
 def test_a_detector_is_compared_by_boxes_or_masks_and_the_truth_of_its_split(

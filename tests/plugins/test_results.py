@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import subprocess
 import time
 from dataclasses import asdict, replace
 
@@ -137,6 +138,27 @@ def test_versions_and_commit_are_known() -> None:
     assert versions()['torch'] == torch.__version__.split('+')[0] or versions()['torch'] == torch.__version__
     assert {'python', 'gplq', 'device'} <= set(versions())
     assert commit()
+
+
+def test_rows_in_a_tracked_file_do_not_make_the_code_dirty(tmp_path, monkeypatch) -> None:
+    def git(*args: str) -> str:
+        identity = ['-c', 'user.name=a', '-c', 'user.email=a@b']
+        return subprocess.run(
+            ['git', *identity, *args], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    code, rows = tmp_path / 'plugins' / 'results.py', tmp_path / 'results' / 'a.jsonl'
+    for file in (code, rows):
+        file.parent.mkdir()
+        file.write_text('')
+    git('init', '-q')
+    git('add', '.')
+    git('commit', '-qm', 'first')
+    monkeypatch.setattr('gplq.plugins.results.__file__', str(code))
+    rows.write_text('{}')
+    assert commit() == git('rev-parse', 'HEAD').strip()
+    code.write_text('x = 1')
+    assert commit() == git('rev-parse', 'HEAD').strip() + '-dirty'
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='on a GPU the peak is the GPU memory')

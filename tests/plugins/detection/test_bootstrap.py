@@ -11,6 +11,7 @@ from pycocotools.cocoeval import COCOeval
 
 from gplq.plugins.detection.bootstrap import compare_detectors, match_images
 from gplq.plugins.detection.shapes import CLASSES, ShapesSettings, write_split
+from gplq.plugins.results import ResultError
 
 
 def make_truth(boxes: dict[int, list[list[float]]], images: int, category: int = 1) -> COCO:
@@ -154,3 +155,35 @@ def test_refuses_what_it_cannot_compare(tmp_path) -> None:
     results.write_text('[]')
     with pytest.raises(ValueError, match='--samples 1 '):
         compare_detectors(annotations, results, results, samples=1)
+
+
+@pytest.mark.parametrize(
+    ('results', 'iou_type', 'message'),
+    [
+        ([1], 'bbox', 'is no list of predictions with bbox, category_id, image_id, score; give PREFIX.bbox.json'),
+        ([dict(image_id=1, category_id=1, bbox=BOX)], 'bbox', 'is no list of predictions'),
+        ([dict(image_id=1, category_id=1, bbox=BOX, score=0.5)], 'segm', 'segmentation; give PREFIX.segm.json'),
+    ],
+)
+def test_predictions_of_another_kind(results: list, iou_type: str, message: str, tmp_path) -> None:
+    annotations, path = tmp_path / 'val.json', tmp_path / 'results.json'
+    annotations.write_text(json.dumps(make_truth({1: [BOX]}, images=1).dataset))
+    path.write_text(json.dumps(results))
+    with pytest.raises(ResultError, match=message):
+        compare_detectors(annotations, path, path, iou_type)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(images=None), "no annotations in COCO's format"),
+        (dict(images=[]), "no annotations in COCO's format"),
+        (dict(annotations=[dict(id=1)]), 'one of its annotations has no area'),
+    ],
+)
+def test_annotations_of_another_kind(change: dict, message: str, tmp_path) -> None:
+    annotations, path = tmp_path / 'val.json', tmp_path / 'results.json'
+    annotations.write_text(json.dumps(make_truth({1: [BOX]}, images=1).dataset | change))
+    path.write_text('[]')
+    with pytest.raises(ResultError, match=message):
+        compare_detectors(annotations, path, path)

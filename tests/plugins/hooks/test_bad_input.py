@@ -84,6 +84,12 @@ def test_a_second_hook(one: str, other: str, make_config: MakeConfig) -> None:
     refused(config, StageError, rf'({one} beside {other}|{other} beside {one}): .*leave one of the two out')
 
 
+def test_parts_that_are_set_up_differently(make_config: MakeConfig) -> None:
+    config = make_config(type='gplq.plugins.ActivationQATHook')
+    config.custom_hooks = [dict(config.default_hooks.gplq, type='gplq.plugins.WeightPTQHook', seed=5)]
+    refused(config, RecipeError, 'seed is 5 for WeightPTQHook and 0 for ActivationQATHook: give both the same')
+
+
 @pytest.mark.parametrize('seen', [False, True])
 @pytest.mark.parametrize('hidden', ['query-key', 'attention-value'])
 def test_attention_whose_products_cannot_be_found(

@@ -17,6 +17,7 @@ from mmengine.config import Config
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
 
+from gplq.errors import StageError
 from gplq.plugins.hooks import ActivationQATHook, GPLQHook, WeightPTQHook
 from gplq.record import named_quantizers, record_of
 
@@ -80,6 +81,13 @@ def test_averages_have_quantizers_of_their_own_and_become_the_model(
     test = make_config('test')
     test.load_from = steps[2]['checkpoint']
     assert Runner.from_cfg(test).test() == pytest.approx(steps[2]['metrics'])
+
+
+def test_an_average_that_would_be_made_before_the_quantizers_is_refused(make_config: Callable[..., Config]) -> None:
+    config = make_config()
+    config.custom_hooks = [dict(type='EMAHook', priority='HIGH')]
+    with pytest.raises(StageError, match="EMAHook has the priority HIGH .* set priority='NORMAL' for it"):
+        Runner.from_cfg(config).train()
 
 
 @pytest.mark.parametrize('how', ['test', 'val'])

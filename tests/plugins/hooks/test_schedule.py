@@ -100,6 +100,31 @@ def test_iteration_based_training(rates: Callable) -> None:
     assert runner.iter == len(watch.rates) == 5, 'a tenth of 50'
 
 
+@pytest.mark.parametrize(('ranks', 'length'), [(1, 8), (4, 2)])
+def test_an_epoch_of_an_infinite_sampler_is_one_pass_over_the_data_by_all_ranks(
+    ranks: int, length: int, rates: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(config: Config) -> None:
+        config.pop('train_cfg')
+        config.train_cfg = dict(by_epoch=False, max_iters=5000, val_interval=1000)
+        config.train_dataloader.sampler = dict(type='InfiniteSampler', shuffle=True)
+
+    # 16 images in batches of 2.
+    monkeypatch.setattr('gplq.plugins.hooks.schedule.get_world_size', lambda: ranks)
+    runner, _ = rates(change, iterations=None, minimum_iterations=1)
+    assert runner.iter == length
+
+
+def test_iterations_that_share_a_step_count_as_one_for_the_rates(rates: Callable) -> None:
+    def change(config: Config) -> None:
+        config.train_cfg.max_epochs = 1000
+        config.optim_wrapper.accumulative_counts = 8
+
+    # 8 steps of the optimizer, as few as 8 iterations without accumulation.
+    _, watch = rates(change, iterations=64)
+    assert watch.rates == [[5e-5, 5e-3]] * 64
+
+
 def test_lost_differences_between_layers_are_listed(rates: Callable, log_of: Callable[[Runner], str]) -> None:
     def change(config: Config) -> None:
         config.optim_wrapper.optimizer = dict(type='AdamW', lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)

@@ -76,6 +76,7 @@ def test_none_leaves_a_setting_at_its_default() -> None:
         (dict(seed=-1), 'seed=-1 must be at least 0'),
         (dict(calibration_batch_size=-1), 'calibration_batch_size=-1 must be at least 1'),
         (dict(label_free='no'), "label_free must be True or False, got 'no'"),
+        (dict(label_free=True, targets=['backbone', 'neck']), "label_free=True never runs .* outside of 'backbone'"),
         (dict(keep_schedule=1), 'keep_schedule must be True or False, got 1'),
         (dict(keep_schedule=True, iterations=3), 'keep_schedule=True .* iterations=3 .*: leave one out'),
         (dict(method='GPLQ'), r"method must be one of \['gplq', 'paper', 'rtn'\] or None, got 'GPLQ'"),
