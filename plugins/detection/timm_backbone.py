@@ -6,7 +6,7 @@ from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from torch import Tensor
+from torch import Tensor, nn
 
 if importlib.util.find_spec('timm') is None:
     raise ImportError("TimmBackbone needs timm: pip install 'timm>=1.0'")
@@ -14,6 +14,7 @@ if importlib.util.find_spec('timm') is None:
 import timm
 from timm.layers.format import Format
 
+from gplq.plugins.detection.layer_norm import LN2d
 from gplq.plugins.pretrained import read_state_dict
 from gplq.plugins.timm_weights import check_model_name, fit_timm_state
 
@@ -31,6 +32,9 @@ class TimmBackbone(BaseModule):
     starts from a timm classifier's or a detector's weights in a file, `.safetensors` or `.pth`, which is read when
     the weights are initialized, so that a detector can be built without it.
 
+    `norm_outputs=True` puts a LayerNorm over channels behind each map, as mmdet's Swin has it: the residual stream of a
+    pre-norm model is of any size.
+
     Images (N, 3, H, W) -> one map (N, channels[i], H_i, W_i) per index.
     """
 
@@ -40,6 +44,7 @@ class TimmBackbone(BaseModule):
         out_indices: Sequence[int] = (0, 1, 2, 3),
         pretrained: bool = False,
         model_args: dict[str, Any] | None = None,
+        norm_outputs: bool = False,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
@@ -55,6 +60,7 @@ class TimmBackbone(BaseModule):
         self.channels: list[int] = model.feature_info.channels()
         # Swin and its kin give (N, H, W, C).
         self.channels_last = model.output_fmt == Format.NHWC
+        self.norms = nn.ModuleList(LN2d(channels) for channels in self.channels if norm_outputs)
 
     def init_weights(self) -> None:
         # timm has initialized or loaded the model when it made it.
@@ -71,5 +77,7 @@ class TimmBackbone(BaseModule):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         maps = self.model(x)
         if self.channels_last:
-            return tuple(m.permute(0, 3, 1, 2).contiguous() for m in maps)
+            maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
+        if self.norms:
+            maps = [norm(m) for norm, m in zip(self.norms, maps, strict=True)]
         return tuple(maps)

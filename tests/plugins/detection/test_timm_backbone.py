@@ -43,6 +43,23 @@ def test_plain_vit_at_another_size() -> None:
     assert tuple(feature_map.shape) == (1, 24, 6, 4)
 
 
+def test_maps_are_normalized_over_channels_when_told() -> None:
+    settings = dict(model_name='swin_tiny_patch4_window7_224', out_indices=(0, 2), model_args=SWIN)
+    backbone = TimmBackbone(**settings, norm_outputs=True).eval()
+    plain = TimmBackbone(**settings).eval()
+    plain.model.load_state_dict(backbone.model.state_dict())
+    assert not list(plain.norms)
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        backbone.norms[1].weight.fill_(2.0)
+        backbone.norms[1].bias.fill_(0.5)
+        (first, second), (raw, other) = backbone(x), plain(x)
+    spread = (raw - raw.mean(1, keepdim=True)) / raw.std(1, keepdim=True, unbiased=False)
+    assert torch.allclose(first, spread, atol=1e-4)
+    spread = (other - other.mean(1, keepdim=True)) / other.std(1, keepdim=True, unbiased=False)
+    assert torch.allclose(second, 2 * spread + 0.5, atol=1e-4)
+
+
 def test_unknown_model_is_named_with_neighbors() -> None:
     with pytest.raises(ValueError, match="no model 'swin_huge'.*swin"):
         TimmBackbone('swin_huge')
