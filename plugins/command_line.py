@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config, DictAction
 
@@ -25,13 +26,29 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=_OptionsAction,
         metavar='KEY=VALUE',
         help='override settings of the config; data_root=PATH moves every data set',
     )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     # torch.distributed.launch passes --local-rank, its older versions --local_rank.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+class _OptionsAction(DictAction):
+    """mmengine's, with an error for what it cannot read: dicts and calls are no values on a command line."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (RecursionError, ValueError, AssertionError) as error:
+            reason = str(error) or type(error).__name__
+            parser.error(
+                f'{option_string} {" ".join(values)}: cannot be read ({reason}); write KEY=VALUE with a number, a text '
+                'or a list of these, and anything else in a config'
+            )
 
 
 def read_config(args: argparse.Namespace) -> Config:
