@@ -44,7 +44,7 @@ def test_order_in_the_files_is_of_no_account(tmp_path: Path) -> None:
         ('{}', 'does not hold predictions of classes'),
         ('{"a": {"found": 1}}', 'does not hold predictions of classes'),
         ('{"a": ', 'is no JSON'),
-        (None, 'does not exist'),
+        (None, 'cannot be read: No such file'),
     ],
 )
 def test_other_files_are_refused(content: str | None, message: str, tmp_path: Path) -> None:
