@@ -17,7 +17,7 @@ from gplq.equalize import equalize_queries_and_keys
 from gplq.errors import CalibrationError
 from gplq.exponent import search_input_scale
 from gplq.layers import WeightView
-from gplq.observers import Observer, make_observer
+from gplq.observers import MSEObserver, Observer, make_observer
 from gplq.observers.vectors import VectorObserver
 from gplq.plan import MapPlan
 from gplq.progress import Progress, no_progress
@@ -26,6 +26,7 @@ from gplq.recipe import Recipe
 from gplq.record import Stage, floating_point, named_products, named_quantizers, record_of, weight_views
 from gplq.spec import QuantizerSpec
 from gplq.trace import evaluating
+from gplq.two_part import TwoPartQuantizer, propose
 
 __all__ = ['calibrate']
 
@@ -109,7 +110,9 @@ def _observing(model: nn.Module, recipe: Recipe) -> Iterator[None]:
     vectors = {f'{plan.name}:{plan.kind}' for plan, _ in weight_views(model)}
     quantizers = list(named_quantizers(model))
     for name, quantizer in quantizers:
-        if name not in vectors:
+        if isinstance(quantizer, TwoPartQuantizer):
+            quantizer.observer = MSEObserver()
+        elif name not in vectors:
             quantizer.observer = make_observer(recipe.product_observer)
         elif quantizer.spec.granularity == 'channel':
             quantizer.observer = VectorObserver()
@@ -141,7 +144,13 @@ def _settle_input(
 
 
 def _settle(quantizer: Quantizer, spec: QuantizerSpec, observer: Observer, samples: int) -> None:
-    scale, offset = observer.propose(spec)
+    if isinstance(quantizer, TwoPartQuantizer):
+        assert isinstance(observer, MSEObserver)
+        scale, shift = propose(observer.values(), *observer.seen, spec)
+        quantizer.set_shift(shift)
+        offset = None
+    else:
+        scale, offset = observer.propose(spec)
     quantizer.initialize(scale, offset, signed=bool(spec.signed), elements=observer.elements / samples)
 
 
@@ -149,4 +158,6 @@ def _with_sign(name: str, planned: QuantizerSpec, observer: Observer) -> Quantiz
     """The planned spec with the sign that the values call for, where the plan leaves it open."""
     if observer.elements == 0:
         raise CalibrationError(f'{name} was never reached by the calibration batches; name it in skip')
+    if planned.scheme == 'log_sqrt2' and observer.signed:
+        raise CalibrationError(f"{name} has negative values, which have no logarithm: set attention_map='uniform'")
     return replace(planned, signed=observer.signed) if planned.signed is None else planned

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from gplq.errors import TargetError
 from gplq.integer import check_scales_leave_sum, integer_linear
 from gplq.layers import LinearCompensation, LinearMap, QuantizedConv2d, WeightView
 from gplq.plan import MapPlan
@@ -75,6 +76,8 @@ class _Coded(nn.Module):
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
+        if quantizer.spec.scheme != 'uniform':
+            raise TargetError(f'{quantizer.spec.scheme} quantizers have no operator in ONNX: export uniform ones')
         self.quantizer = quantizer
         self.bounds = (quantizer.spec.qmin, quantizer.spec.qmax)
         self.folded = bool((quantizer.scale == 1).all())

@@ -13,6 +13,7 @@ from gplq.quantizer import Quantizer
 from gplq.record import Record, Stage, is_prepared, set_record
 from gplq.spec import FLOAT_BITS
 from gplq.swap import swap_class
+from gplq.two_part import TwoPartQuantizer
 from gplq.weights import WeightQuantizer
 
 __all__ = ['insert']
@@ -85,7 +86,8 @@ def _insert_owner(model: nn.Module, plan: OwnerPlan, whole: Plan) -> None:
 
 
 def _quantizer(plan: OperandPlan) -> Quantizer:
-    return Quantizer(plan.spec, plan.shape, plan.merged_heads)
+    kind = Quantizer if plan.spec.scheme == 'uniform' else TwoPartQuantizer
+    return kind(plan.spec, plan.shape, plan.merged_heads)
 
 
 def _find(model: nn.Module, name: str, kind: type[nn.Module]) -> nn.Module:

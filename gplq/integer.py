@@ -77,14 +77,17 @@ def linear_from_codes(view: WeightView, x: Tensor, bias: Tensor | None = None) -
     """
     constants = integer_linear(view, bias)
     assert view.map.input is not None
-    codes = view.map.input.codes(x)
+    parts = view.map.input.parts(x)
     if isinstance(view.owner, QuantizedConv2d):
-        return _convolution(view.owner, constants, codes)
-    integers = codes.to(torch.int64)
-    y = integers @ constants.codes.t()
-    scaled = y.to(torch.float64)
-    if constants.zero_point is not None:
-        scaled = scaled - integers.sum(-1, keepdim=True) * constants.zero_point.double()
+        return _convolution(view.owner, constants, parts[0].codes)
+    scaled = torch.zeros((), dtype=torch.float64)
+    for codes, factor in parts:
+        integers = codes.to(torch.int64)
+        y = (integers @ constants.codes.t()).double()
+        if constants.zero_point is not None:
+            y = y - integers.sum(-1, keepdim=True) * constants.zero_point.double()
+        # A power of two for twin uniform: a shift.
+        scaled = scaled + y * factor.double()
     result: Tensor = scaled * constants.scale.double() + constants.bias.double()
     return result.to(x.dtype)
 
@@ -123,9 +126,13 @@ def product_from_codes(
     """
     check_scales_leave_sum(product)
     quantize_left, quantize_right = product.operands
-    codes = multiply(quantize_left.codes(left).to(torch.int64), quantize_right.codes(right).to(torch.int64))
+    total = torch.zeros((), dtype=torch.float64)
+    for one, by in quantize_left.parts(left):
+        for other, times in quantize_right.parts(right):
+            integers = multiply(one.to(torch.int64), other.to(torch.int64))
+            total = total + integers.double() * by.double() * times.double()
     scale = quantize_left.scale_over(left.shape[0]).double() * quantize_right.scale_over(right.shape[0]).double()
-    return (codes.double() * scale).to(left.dtype)
+    return (total * scale).to(left.dtype)
 
 
 def check_scales_leave_sum(product: QuantizedProduct, name: str = 'a product') -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -279,6 +279,8 @@ class _Planner:
     def _linear_input(self, site: str, bits: int, columns: int) -> OperandPlan | None:
         if bits == FLOAT_BITS:
             return None
+        if site == 'gelu_output' and self.recipe.gelu_output == 'twin_uniform':
+            return OperandPlan(site, QuantizerSpec(bits, signed=None, scheme='twin_uniform'), (1,))
         per_channel = self.recipe.linear_input == 'channel' and columns > 1
         granularity: Granularity = 'channel' if per_channel else 'tensor'
         if site == 'gelu_output' and self.recipe.gelu_output == 'unsigned_offset':
@@ -391,7 +393,7 @@ class _Planner:
             left = _operand('query', QuantizerSpec(bits, True, 'head'), call.left_shape, module, call)
             right = _operand('key', QuantizerSpec(bits, True, 'head'), call.right_shape, module, call)
         else:
-            attention = QuantizerSpec(bits, None, 'head')
+            attention = QuantizerSpec(bits, None, 'head', scheme=self.recipe.attention_map)
             value = QuantizerSpec(bits, True, 'head')
             if role.attention_right:
                 left = _operand('value', value, call.left_shape, module, call)
@@ -507,7 +509,7 @@ def _operand(
             return OperandPlan(site, spec, (heads,) + (1,) * (len(shape) - axes[0] - 1))
         if not axes and len(batch) == 1 and call.merged == heads:
             return OperandPlan(site, spec, (heads, 1, 1), merged_heads=heads)
-    return OperandPlan(site, QuantizerSpec(spec.bits, spec.signed, 'tensor'), (1,))
+    return OperandPlan(site, replace(spec, granularity='tensor'), (1,))
 
 
 def _per_channel(operand: OperandPlan, channels: int) -> OperandPlan:

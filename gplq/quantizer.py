@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,14 @@ from gplq.observers import Observer
 from gplq.single_precision import SinglePrecision
 from gplq.spec import QuantizerSpec
 
-__all__ = ['Quantizer']
+__all__ = ['Part', 'Quantizer']
+
+
+class Part(NamedTuple):
+    """Whole numbers, as floats, and what they are multiplied by beside the scale."""
+
+    codes: Tensor
+    factor: Tensor
 
 
 class Quantizer(SinglePrecision):
@@ -69,13 +77,25 @@ class Quantizer(SinglePrecision):
         y = quantize(self._split_heads(x), self.scale, self.spec.qmin, self.spec.qmax, self.offset)
         return y.reshape(x.shape)
 
+    def parts(self, x: Tensor) -> tuple[Part, ...]:
+        """The codes in parts that an integer machine multiplies one by one; values are ``scale`` times their sum."""
+        return (Part(self.codes(x), torch.ones_like(self.scale_over(len(x)))),)
+
     def scale_over(self, batch: int) -> Tensor:
         """The scale for a leading axis of length ``batch``: repeated where heads are merged into that axis."""
-        return self.scale.repeat(batch // self.merged_heads, 1, 1) if self.merged_heads else self.scale
+        return self._over(self.scale, batch)
+
+    def _over(self, of_scale: Tensor, batch: int) -> Tensor:
+        return of_scale.repeat(batch // self.merged_heads, 1, 1) if self.merged_heads else of_scale
 
     def grid(self, x: Tensor) -> Grid:
         """How ``x`` is rounded, for operations that do it themselves."""
         return Grid(self.scale_over(len(x)), self.spec.qmin, self.spec.qmax, self.offset, self.scale_gradient)
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value in units of the scale."""
+        shift = torch.zeros_like(self.log_scale) if self.offset is None else self.offset
+        return shift + self.spec.qmin, shift + self.spec.qmax
 
     @property
     def settled(self) -> bool:

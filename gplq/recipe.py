@@ -9,7 +9,7 @@ from typing import Any, Literal, get_type_hints
 
 from gplq.errors import RecipeError
 from gplq.observers.factory import OBSERVERS
-from gplq.spec import FLOAT_BITS, check_bits
+from gplq.spec import FLOAT_BITS, Scheme, check_bits
 from gplq.typecheck import check_types
 
 __all__ = ['RECIPE_VERSION', 'WEIGHT_STAGE_FIELDS', 'Compensation', 'Recipe', 'WeightScheme', 'as_recipe']
@@ -24,7 +24,7 @@ WEIGHT_STAGE_FIELDS = frozenset(
 Rounding = Literal['feedback', 'nearest']
 WeightScheme = Literal['percentile', 'percentile_asymmetric', 'mse', 'min_max']
 Compensation = Literal['none', 'qwt', 'ridge', 'affine']
-GeluOutput = Literal['signed', 'unsigned_offset']
+GeluOutput = Literal['signed', 'unsigned_offset', 'twin_uniform']
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Recipe:
         fold_layernorm: let the LayerNorm before a layer divide by its input scales, where nothing else reads it.
         linear_observer: of inputs with one scale (convolutions, or linear_input='tensor').
         product_observer: of queries, keys, values and attention maps.
-        gelu_output: GELU outputs signed a channel, or unsigned with a learned offset.
+        gelu_output: GELU outputs signed a channel, or unsigned with a learned offset, or ``'twin_uniform'`` with one
+            scale in all.
+        attention_map: how attention maps are quantized, see :mod:`gplq.twin_uniform` and :mod:`gplq.log_sqrt2`.
         equalize: even out query and key channels in the weights where nothing else reads them.
         weight_scheme: how weight scales are chosen, always one an output channel.
         rounding: ``'nearest'``, or ``'feedback'``: columns make up for the rounding of those before them (GPTQ), and
@@ -74,6 +76,7 @@ class Recipe:
     linear_observer: str = 'mse'
     product_observer: str = 'mse'
     gelu_output: GeluOutput = 'signed'
+    attention_map: Scheme = 'uniform'
     equalize: bool = True
     weight_scheme: WeightScheme = 'mse'
     rounding: Rounding = 'feedback'

@@ -10,7 +10,7 @@ from gplq.errors import RecipeError
 __all__ = ['FLOAT_BITS', 'MAX_BITS', 'MIN_BITS', 'Granularity', 'QuantizerSpec', 'Scheme', 'check_bits']
 
 Granularity = Literal['tensor', 'channel', 'head']
-Scheme = Literal['uniform']
+Scheme = Literal['uniform', 'twin_uniform', 'log_sqrt2']
 
 MIN_BITS, MAX_BITS = 2, 8
 FLOAT_BITS = 32
@@ -35,6 +35,7 @@ class QuantizerSpec:
     """Settings of one quantizer.
 
     ``signed=None`` leaves the sign to calibration: unsigned where no negative value was seen.
+    ``scheme`` is that of :mod:`gplq.twin_uniform` and :mod:`gplq.log_sqrt2` where it is not uniform.
     With ``offset`` the represented values are ``scale * (code + offset)``, else ``scale * code``.
     """
 
@@ -50,6 +51,8 @@ class QuantizerSpec:
             raise RecipeError(f'granularity {self.granularity!r} is not one of {get_args(Granularity)}')
         if self.scheme not in get_args(Scheme):
             raise RecipeError(f'scheme {self.scheme!r} is not one of {get_args(Scheme)}')
+        if self.scheme != 'uniform' and (self.offset or self.granularity == 'channel'):
+            raise RecipeError(f'scheme {self.scheme!r} has no offset, and one scale a tensor or a head')
 
     @property
     def qmin(self) -> int:

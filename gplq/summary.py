@@ -10,7 +10,7 @@ from gplq.plan import Floating
 from gplq.quantizer import Quantizer
 from gplq.record import map_of, named_products, record_of, weight_views
 from gplq.size import effective_bits, float_bytes, packed_model_bytes, view_bytes
-from gplq.spec import FLOAT_BITS
+from gplq.spec import FLOAT_BITS, QuantizerSpec
 
 __all__ = ['SiteRow', 'Summary', 'WeightRow', 'summary']
 
@@ -143,16 +143,18 @@ def summary(model: nn.Module) -> Summary:
 
 def _site(name: str, site: str, quantizer: Quantizer) -> SiteRow:
     spec = quantizer.spec
-    scale = quantizer.scale.detach()
-    shift = 0.0 if quantizer.offset is None else quantizer.offset.detach()
-    low, high = scale * (shift + spec.qmin), scale * (shift + spec.qmax)
+    low, high = (quantizer.scale.detach() * bound.detach() for bound in quantizer.bounds())
     return SiteRow(
         name,
         site,
         spec.bits,
         spec.signed,
-        spec.granularity + (' + offset' if spec.offset else ''),
+        ' + '.join([spec.granularity, *(['offset'] if spec.offset else []), *_scheme(spec)]),
         float(low.min()),
         float(high.max()),
         quantizer.enabled,
     )
+
+
+def _scheme(spec: QuantizerSpec) -> list[str]:
+    return [] if spec.scheme == 'uniform' else [spec.scheme.replace('_', ' ')]

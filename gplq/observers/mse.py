@@ -30,9 +30,13 @@ class MSEObserver(Observer):
     def range(self) -> Range:
         return self.seen
 
+    def values(self) -> Tensor:
+        """The sample ``(groups, elements)``."""
+        return self._sample.matrix()
+
     def propose(self, spec: QuantizerSpec) -> tuple[Tensor, Tensor | None]:
         low, high = self.seen
-        values = self._sample.matrix()
+        values = self.values()
         best_scale, best_offset = scale_from_range(low, high, spec)
         least = torch.full_like(low, torch.inf)
         for ratio in self.ratios:
