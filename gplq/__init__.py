@@ -7,6 +7,7 @@ from gplq.export import export
 from gplq.mimicking import MimickingLoss
 from gplq.prepare import prepare
 from gplq.recipe import Recipe
+from gplq.scale_search import ScaleSearch, search_scales
 from gplq.serialization import load, save
 from gplq.summary import summary
 from gplq.weight_stage import quantize_weights
@@ -16,12 +17,14 @@ __all__ = [
     'GPLQError',
     'MimickingLoss',
     'Recipe',
+    'ScaleSearch',
     'calibrate',
     'export',
     'load',
     'prepare',
     'quantize_weights',
     'save',
+    'search_scales',
     'summary',
     'train_activations',
 ]

@@ -100,7 +100,8 @@ class QuantizedProduct(nn.Module):
         self.sites = sites
         for site, quantizer in zip(sites, operands, strict=True):
             self.add_module(site, quantizer)
-        # Set while a stage looks on; sees both operands before they are quantized and the product.
+        # Set while a stage looks on; sees both operands before they are quantized and the product, the latter with its
+        # gradient where there is one.
         self.watcher: Callable[[Tensor, Tensor, Tensor], None] | None = None
 
     @property
@@ -124,7 +125,7 @@ class QuantizedProduct(nn.Module):
         quantize_left, quantize_right = self.operands
         y = multiply(quantize_left(left), quantize_right(right))
         if self.watcher is not None:
-            self.watcher(left.detach(), right.detach(), y.detach())
+            self.watcher(left.detach(), right.detach(), y)
         return y
 
 

@@ -22,7 +22,7 @@ WEIGHT_STAGE_FIELDS = frozenset(
 )
 
 Rounding = Literal['feedback', 'nearest']
-WeightScheme = Literal['percentile', 'percentile_asymmetric', 'mse', 'min_max']
+WeightScheme = Literal['percentile', 'percentile_asymmetric', 'mse', 'min_max', 'searched']
 Compensation = Literal['none', 'qwt', 'ridge', 'affine']
 GeluOutput = Literal['signed', 'unsigned_offset', 'twin_uniform']
 
@@ -54,7 +54,8 @@ class Recipe:
             scale in all.
         attention_map: how attention maps are quantized, see :mod:`gplq.twin_uniform` and :mod:`gplq.log_sqrt2`.
         equalize: even out query and key channels in the weights where nothing else reads them.
-        weight_scheme: how weight scales are chosen, always one an output channel.
+        weight_scheme: how weight scales are chosen, always one an output channel; ``'searched'`` takes those of
+            :func:`gplq.search_scales`.
         rounding: ``'nearest'``, or ``'feedback'``: columns make up for the rounding of those before them (GPTQ), and
             scales and biases are fitted to the inputs seen. Layers of more than 4,096 columns are rounded to nearest.
         compensation: what is fitted after the weights are rounded.
@@ -144,6 +145,19 @@ class Recipe:
         chosen: dict[str, Any] = {
             'linear_input': 'tensor',
             'equalize': False,
+            'rounding': 'nearest',
+        }
+        return cls.gplq(weight_bits, activation_bits, **{**chosen, **settings})
+
+    @classmethod
+    def ptq4vit(cls, weight_bits: int = 8, activation_bits: int = 8, **settings: Any) -> Recipe:
+        """PTQ4ViT, for :func:`gplq.search_scales`: one scale a tensor, twin uniform attention maps and GELU outputs."""
+        chosen: dict[str, Any] = {
+            'linear_input': 'tensor',
+            'equalize': False,
+            'gelu_output': 'twin_uniform',
+            'attention_map': 'twin_uniform',
+            'weight_scheme': 'searched',
             'rounding': 'nearest',
         }
         return cls.gplq(weight_bits, activation_bits, **{**chosen, **settings})

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gplq.column_statistics import ColumnStatistics
 from gplq.error_feedback import round_with_feedback
+from gplq.errors import StageError
 from gplq.journal import Journal
 from gplq.layers import WeightView
 from gplq.recipe import Recipe
@@ -61,7 +62,13 @@ def round_view(
     column_scale = view.map.column_scale.expand(exact.shape[1])
     folded = exact * column_scale
     importance = None if statistics is None else statistics.mean_square / column_scale.square()
-    scales = choose_weight_scales(folded, bits, recipe.weight_scheme, importance)
+    if recipe.weight_scheme == 'searched':
+        # Convolutions, whose input has one scale, are not searched.
+        if not quantizer.proposed and not isinstance(view.owner, nn.Conv2d):
+            raise StageError(f"{view.name}: weight_scheme='searched', but nothing was: call gplq.search_scales first")
+        scales = quantizer.scales if quantizer.proposed else choose_weight_scales(folded, bits, 'mse', importance)
+    else:
+        scales = choose_weight_scales(folded, bits, recipe.weight_scheme, importance)
     if recipe.rounding == 'feedback' and statistics is not None and statistics.gram is not None:
         gram = statistics.gram / torch.outer(column_scale, column_scale)
         values = round_with_feedback(folded, scales, bits, gram)

@@ -124,12 +124,20 @@ class WeightQuantizer(SinglePrecision):
         self.spec = QuantizerSpec(bits, signed=not asymmetric, granularity='channel', offset=asymmetric)
         self.folded = folded
         self.enabled = False
+        # Whether `scale` is what a search found and the weight stage is to take.
+        self.proposed = False
         self.register_buffer('scale', torch.ones(rows))
         self.register_buffer('zero_point', torch.zeros(rows) if asymmetric else None)
 
     @property
     def scales(self) -> WeightScales:
         return WeightScales(self.scale, self.zero_point)
+
+    @torch.no_grad()
+    def propose(self, scale: Tensor) -> None:
+        """Take scales ``(rows,)`` that a search has found, for :meth:`keep` to come."""
+        self.scale.copy_(scale)
+        self.proposed = True
 
     @torch.no_grad()
     def keep(self, values: Tensor, column_scale: Tensor, scales: WeightScales) -> Tensor:

@@ -36,7 +36,8 @@ class LinearMap(SinglePrecision):
         # Apart from the layer's bias: some layers have none, others are called with one made on the fly.
         self.register_buffer('bias_correction', torch.zeros(rows))
         self.corrected = False
-        # Set while a stage looks on; sees the quantized input and the output of every call.
+        # Set while a stage looks on; sees the quantized input and the output of every call, the latter with its
+        # gradient where there is one.
         self.watcher: Callable[[Tensor, Tensor], None] | None = None
 
     def run(
@@ -59,7 +60,7 @@ class LinearMap(SinglePrecision):
         if self.watcher is not None:
             # An attention may be running around this map: its mode must not take the watcher's products for its own.
             with torch._C.DisableTorchFunction():
-                self.watcher(x.detach(), y.detach())
+                self.watcher(x.detach(), y)
         return y
 
     @property

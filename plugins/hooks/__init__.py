@@ -2,6 +2,7 @@
 
 from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
 from gplq.plugins.hooks.gplq_hook import GPLQHook
+from gplq.plugins.hooks.ptq4vit_hook import PTQ4ViTHook
 from gplq.plugins.hooks.weight_ptq_hook import WeightPTQHook
 
-__all__ = ['ActivationQATHook', 'GPLQHook', 'WeightPTQHook']
+__all__ = ['ActivationQATHook', 'GPLQHook', 'PTQ4ViTHook', 'WeightPTQHook']

@@ -101,7 +101,7 @@ class ActivationQATHook(Hook):
             return
         model = model_of(runner)
         part_of(model, self.settings)
-        self._prepare(runner, model)
+        self.prepare(runner, model)
         # Backbones freeze stages whenever they enter training mode: before the optimizer and the wrapper look.
         model.train()
         if self.settings.label_free:
@@ -120,7 +120,8 @@ class ActivationQATHook(Hook):
             runner.register_hook(ResumePointHook(self.settings.resume_interval))
         runner.logger.info('GPLQ changed the schedule (keep_schedule=True leaves it alone):\n' + table(changes))
 
-    def _prepare(self, runner: Runner, model: nn.Module) -> None:
+    def prepare(self, runner: Runner, model: nn.Module) -> None:
+        """Insert the quantizers."""
         recipe = self.settings.recipe
         if self.settings.inside_part:
             plan = prepare(model, recipe, forward=blank_forward(model, self.settings))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.dist import broadcast
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from torch import nn
+from torch import Tensor, nn
 
 from gplq.batches import to_device
 from gplq.errors import GPLQError, TargetError
@@ -23,6 +23,7 @@ __all__ = [
     'preprocess',
     'rewrap',
     'synchronize',
+    'task_loss',
     'trains',
     'whole_forward',
 ]
@@ -82,6 +83,23 @@ def whole_forward(model: nn.Module, batch: Any) -> Any:
     """
     mode = 'loss' if hasattr(model, 'roi_head') else 'tensor' if hasattr(model, 'head') else 'predict'
     return model(**preprocess(model, batch), mode=mode)
+
+
+def task_loss(model: nn.Module, batch: Any) -> Tensor:
+    """What the model's own losses add up to.
+
+    Raises:
+        TargetError: if it computes none outside of training.
+    """
+    try:
+        losses = model(**preprocess(model, batch), mode='loss')
+        total, _ = model.parse_losses(losses)  # type: ignore[operator]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise TargetError(
+            f'{type(model).__name__} computes no loss in inference mode ({type(error).__name__}: {error}), which '
+            "search=dict(metric='hessian') needs: set metric='mse'"
+        ) from error
+    return cast(Tensor, total)
 
 
 def preprocess(model: nn.Module, batch: Any) -> dict[str, Any]:

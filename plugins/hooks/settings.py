@@ -9,11 +9,12 @@ from typing import Any, Literal, TypedDict, get_type_hints
 from gplq.activation_stage import ActivationStage
 from gplq.errors import RecipeError
 from gplq.recipe import Recipe
+from gplq.scale_search import ScaleSearch
 from gplq.typecheck import check_types
 
 __all__ = ['HookSettings']
 
-METHODS = {'gplq': Recipe.gplq, 'paper': Recipe.paper, 'rtn': Recipe.rtn}
+METHODS = {'gplq': Recipe.gplq, 'paper': Recipe.paper, 'rtn': Recipe.rtn, 'ptq4vit': Recipe.ptq4vit}
 # Where a method's activation stage differs from the default.
 STAGES: dict[str, dict[str, Any]] = {'paper': {'reduction': 'sum', 'lr': 5e-6, 'scale_lr': 1e-3}}
 Patterns = str | tuple[str, ...]
@@ -32,9 +33,10 @@ class Arguments(TypedDict, total=False):
     targets: Patterns | None
     skip: Patterns | None
     mimicking: bool | float | None
-    method: Literal['gplq', 'paper', 'rtn'] | None
+    method: Literal['gplq', 'paper', 'rtn', 'ptq4vit'] | None
     recipe: str | dict[str, Any] | None
     stage: dict[str, Any] | None
+    search: dict[str, Any] | None
     example_size: int | tuple[int, int] | None
 
 
@@ -45,6 +47,7 @@ class HookSettings:
     Attributes:
         recipe: how the model is quantized.
         stage: learning rates and feature loss of the activation stage.
+        search: how `method='ptq4vit'` chooses scales.
         part: attribute of the model that is quantized where no targets are named, and whose outputs are mimicked.
         iterations: of the activation stage; None chooses, 0 leaves it out: plain post-training quantization.
         minimum_iterations: the choice is one epoch or this, whichever is more, at most a tenth of FP32 training.
@@ -59,6 +62,7 @@ class HookSettings:
 
     recipe: Recipe
     stage: ActivationStage
+    search: ScaleSearch = ScaleSearch()
     part: str = 'backbone'
     iterations: int | None = None
     minimum_iterations: int = 1000
@@ -101,6 +105,7 @@ class HookSettings:
         given = {name: value for name, value in given.items() if value is not None}
         method = given.pop('method', 'gplq')
         recipe, stage = given.pop('recipe', {}), given.pop('stage', {})
+        search = _checked(given.pop('search', {}), get_type_hints(ScaleSearch), 'search')
         if isinstance(recipe, str):
             bits = Recipe.from_string(recipe)
             recipe = {'weight_bits': bits.weight_bits, 'activation_bits': bits.activation_bits}
@@ -116,6 +121,7 @@ class HookSettings:
         return cls(
             recipe=METHODS[method](**{'targets': given.get('part', cls.part), **recipe}),
             stage=ActivationStage(**{**STAGES.get(method, {}), **stage}),
+            search=ScaleSearch(**search),
             **given,
         )
 

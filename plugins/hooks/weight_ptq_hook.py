@@ -16,11 +16,12 @@ from gplq.errors import RecipeError
 from gplq.plugins.atomic_backend import BACKEND_ARGS
 from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
 from gplq.plugins.hooks.company import refuse_beside
-from gplq.plugins.hooks.model import model_of, synchronize
+from gplq.plugins.hooks.model import model_of, synchronize, task_loss, whole_forward
 from gplq.plugins.hooks.progress import logged_progress
 from gplq.plugins.hooks.randomness import seeded
 from gplq.plugins.hooks.report import evaluate
 from gplq.plugins.hooks.stopwatch import Stopwatch
+from gplq.scale_search import search_scales
 from gplq.serialization import save
 from gplq.weight_stage import quantize_weights
 
@@ -100,20 +101,37 @@ class WeightPTQHook(Hook):
         recipe = self._activations.settings.recipe
         if recipe.weight_bits == 32:
             return
-        model = model_of(runner)
         clock = Stopwatch()
         clock.start()
-        with seeded(self._activations.settings.seed):
+        self._quantize(runner)
+        clock.stop()
+        self._finish(runner, clock.minutes, evaluate(runner))
+
+    def _quantize(self, runner: Runner) -> None:
+        model, settings = model_of(runner), self._activations.settings
+        with seeded(settings.seed):
+            if settings.recipe.weight_scheme == 'searched':
+                search_scales(
+                    model,
+                    self._activations.loader(runner, settings.search.images),
+                    search=settings.search,
+                    # Classifiers give logits; the divergence of a detector's many outputs has no such form.
+                    loss=None if hasattr(model, 'head') else task_loss,
+                    forward=whole_forward,
+                    progress=logged_progress,
+                )
             quantize_weights(
                 model,
-                self._activations.loader(runner, recipe.calibration_samples),
+                self._activations.loader(runner, settings.recipe.calibration_samples),
                 forward=self._activations.forward(model),
                 progress=logged_progress,
                 journal=Path(runner.work_dir, JOURNAL),
             )
         synchronize(model)
-        clock.stop()
-        metrics = evaluate(runner)
+
+    def _finish(self, runner: Runner, minutes: float, metrics: dict[str, float]) -> None:
+        """Keep checkpoint and artifact, and report."""
+        model, recipe = model_of(runner), self._activations.settings.recipe
         step = f'W{recipe.weight_bits}A{recipe.activation_bits}'
         name = f'gplq_{recipe.name}'
         artifact, checkpoint = (Path(runner.work_dir) / f'{name}.{end}' for end in ('safetensors', 'pth'))
@@ -128,6 +146,4 @@ class WeightPTQHook(Hook):
         if is_main_process():
             save(model, artifact)
             shutil.rmtree(Path(runner.work_dir, JOURNAL), ignore_errors=True)
-        self._activations.report.add(
-            runner, step, metrics, clock.minutes, checkpoint=str(checkpoint), artifact=str(artifact)
-        )
+        self._activations.report.add(runner, step, metrics, minutes, checkpoint=str(checkpoint), artifact=str(artifact))

@@ -1,0 +1,238 @@
+"""Scales that are chosen by the error of the layer's output: against brute force, and what the gradients say."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gplq
+from gplq.errors import CalibrationError, RecipeError, StageError
+from gplq.objectives import fisher, perturbed_kl, quantized_kl
+from gplq.output_error import OutputError
+from gplq.record import named_products, named_quantizers, weight_views
+from gplq.sample_store import SampleStore
+from gplq.scale_search import ScaleSearch, search_scales
+
+Make = Callable[..., nn.Module]
+SMALL = ScaleSearch(candidates=20, rounds=2, images=8)
+
+
+def calibrated(toy_vit: Make, images: Tensor, bits: int = 4, **settings) -> nn.Module:
+    model = toy_vit()
+    gplq.prepare(model, gplq.Recipe.ptq4vit(bits, bits, **settings), images[:2])
+    gplq.calibrate(model, [images])
+    return model
+
+
+class OneLayer(nn.Module):
+    """A classifier of one Linear behind another that is not searched over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(torch.tanh(self.fc(x)))
+        return y
+
+
+@pytest.mark.parametrize('metric', ['mse', 'hessian', 'cosine'])
+def test_a_layers_scales_are_those_of_brute_force(metric: str) -> None:
+    torch.manual_seed(0)
+    model, x = OneLayer().eval(), torch.randn(40, 6) * torch.tensor([1.0, 1, 1, 5, 1, 1])
+    slopes = torch.randn(40, 4) * torch.tensor([10.0, 1, 1, 1])
+    target = model.fc(x).detach()
+    reference = copy.deepcopy(model.fc)
+    gplq.prepare(model, gplq.Recipe.ptq4vit(3, 3, first_last_bits=3, targets=('fc',)), x)
+    gplq.calibrate(model, [x])
+    search = ScaleSearch(metric=metric, rounds=1, candidates=15, smallest=0.36, images=40, vectors=40)  # type: ignore[arg-type]
+
+    def loss(m: nn.Module, batch: Tensor) -> Tensor:
+        # Its slope at the output of `fc` is `slopes`.
+        seen = []
+        handle = m.fc.register_forward_hook(lambda module, args, y: seen.append(y))
+        m(batch)
+        handle.remove()
+        return (seen[0] * slopes).sum()
+
+    start = float(next(q for _, q in named_quantizers(model)).scale)
+    search_scales(model, [x], search=search, loss=loss)
+
+    # The same choice, one candidate after the other, in plain arithmetic.
+    weight, ratios = reference.weight.detach(), [0.36 + i * 0.06 for i in range(15)]
+
+    def rounded(v: Tensor, s: Tensor | float) -> Tensor:
+        return (v / s).round().clamp(-4, 3) * s
+
+    def errors(y: Tensor) -> Tensor:
+        if metric == 'cosine':
+            return 1 - F.cosine_similarity(y, target - reference.bias.detach(), dim=0)
+        weights = slopes.square() if metric == 'hessian' else 1.0
+        return ((y + reference.bias.detach() - target).square() * weights).sum(dim=0)
+
+    inputs = rounded(x, start)
+    scales = []
+    for row in range(4):
+        options = [weight[row].abs().max() / 3.5 * ratio for ratio in ratios]
+        scales.append(min(options, key=lambda s: float(errors(inputs @ rounded(weight, s).t())[row])))
+    ((_, view),) = weight_views(model)
+    # Codes are those of the folded weight, which has the input's scale in it.
+    chosen = (view.map.weight.scale / view.map.input.scale).detach()
+    if metric == 'cosine':
+        # Scales that give the same codes have the same angle: any of them will do.
+        least = torch.stack([errors(inputs @ rounded(weight, s).t())[row] for row, s in enumerate(scales)])
+        assert torch.allclose(errors(inputs @ rounded(weight, chosen[:, None]).t()), least, atol=1e-6)
+        scales = list(chosen)
+    found = rounded(weight, torch.stack(scales)[:, None])
+
+    def overall(scale: Tensor) -> float:
+        y = rounded(x, scale) @ found.t()
+        if metric == 'cosine':
+            return float(1 - F.cosine_similarity(y.flatten(), (target - reference.bias.detach()).flatten(), dim=0))
+        return float(errors(y).sum())
+
+    span = max(float(x.max()) / 3.5, float(-x.min()) / 4.5)
+    best = min((torch.tensor(span * ratio) for ratio in ratios), key=overall)
+    assert torch.allclose(chosen, torch.stack(scales))
+    assert float(view.map.input.scale) == pytest.approx(float(best), rel=1e-5)
+    gplq.quantize_weights(model, [x])
+    assert torch.allclose(model.fc.weight, found, atol=1e-6)
+
+
+def output_errors(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """Squared error of each product with its operands quantized, all others in floating point."""
+    seen: dict[str, tuple[Tensor, ...]] = {}
+    products = dict(named_products(model))
+    quantizers = [q for _, q in named_quantizers(model)]
+    for quantizer in quantizers:
+        quantizer.enabled = False
+    for name, product in products.items():
+        product.watcher = lambda *tensors, name=name: seen.__setitem__(name, tensors)
+    with torch.no_grad():
+        model(images)
+    for product in products.values():
+        product.watcher = None
+    for quantizer in quantizers:
+        quantizer.enabled = True
+    errors = {}
+    for name, product in products.items():
+        left, right = product.operands
+        a, b, y = seen[name]
+        with torch.no_grad():
+            errors[name] = float((left(a) @ right(b) - y).square().sum())
+    return errors
+
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_products_lose_less_than_as_calibrated(fused: bool, toy_vit: Make, images: Tensor) -> None:
+    model = toy_vit(fused=fused)
+    gplq.prepare(model, gplq.Recipe.ptq4vit(3, 3), images[:2])
+    gplq.calibrate(model, [images])
+    before = output_errors(model, images)
+    search_scales(model, [images], search=ScaleSearch(metric='mse', images=len(images), maps=1000, rounds=2))
+    after = output_errors(model, images)
+    assert all(after[name] <= before[name] * 1.001 for name in before)
+    assert sum(after.values()) < 0.98 * sum(before.values())
+
+
+@pytest.mark.parametrize('objective', ['fisher', 'quantized_kl', 'perturbation'])
+def test_each_objective_quantizes_a_model(objective: str, toy_vit: Make, images: Tensor) -> None:
+    model = calibrated(toy_vit, images, 6)
+    expected = toy_vit()
+    before = {name: p.detach().clone() for name, p in expected.named_parameters()}
+    search_scales(model, [images[:4], images[4:]], search=ScaleSearch(objective=objective, candidates=20, images=8))  # type: ignore[arg-type]
+    # Weights are not touched and ask for gradients as before; nobody watches any more.
+    assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in before.items())
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(view.map.watcher is None for _, view in weight_views(model))
+    gplq.quantize_weights(model, [images])
+    with torch.no_grad():
+        error = (model(images) - expected(images)).norm() / expected(images).norm()
+    assert error < 0.2
+
+
+def test_the_divergence_of_a_model_from_itself_has_no_slope_and_these_have() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 10, generator=generator, requires_grad=True)
+
+    def slope(loss: Tensor) -> float:
+        return float(torch.autograd.grad(loss, logits)[0].abs().mean())
+
+    # What the released code of PTQ4ViT differentiates: rounding noise.
+    noise = slope(quantized_kl(logits, logits))
+    assert noise < 1e-7
+    assert slope(fisher(logits, generator)) > 1e-2
+    assert slope(perturbed_kl(logits, generator)) > 1e-3
+    assert slope(quantized_kl(logits, (logits.detach() * 4).round() / 4)) > 1e-3
+
+
+def test_fisher_is_the_hessian_of_the_divergence_on_average() -> None:
+    # One logit pair: the Hessian's diagonal is p (1 - p).
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([[0.0, 1.0]]).repeat(20000, 1).requires_grad_()
+    slopes = torch.autograd.grad(fisher(logits, generator), logits)[0]
+    p = torch.tensor([0.0, 1.0]).softmax(0)
+    assert torch.allclose(slopes.square().mean(0), p * (1 - p), atol=5e-3)
+
+
+def test_what_does_not_fit_in_memory_lies_in_files(tmp_path) -> None:
+    tensors = [torch.full((1000,), float(i)) for i in range(6)]
+    with SampleStore(megabytes=0.009, folder=str(tmp_path)) as store:
+        for number in range(3):
+            store.add('a', *tensors[2 * number : 2 * number + 2])
+        store.add('b', torch.ones(3))
+        assert store.spilled == 2
+        assert len(list(tmp_path.rglob('*.safetensors'))) == 2
+        assert all(torch.equal(x, y) for x, y in zip(store.take('a'), tensors, strict=True))
+        assert 'a' not in store
+        # Its memory is free again.
+        store.add('c', *tensors[:2])
+        assert store.spilled == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_small_budget_changes_nothing(toy_vit: Make, images: Tensor) -> None:
+    scales = []
+    for megabytes in (0.0, 1000.0):
+        model = calibrated(toy_vit, images)
+        search_scales(
+            model, [images[:4], images[4:]], search=ScaleSearch(candidates=10, rounds=1, images=8, memory_mb=megabytes)
+        )
+        scales.append(torch.cat([q.log_scale.detach().flatten() for _, q in named_quantizers(model)]))
+    assert torch.equal(*scales)
+
+
+def test_the_error_of_heads_and_columns_by_hand() -> None:
+    target = torch.zeros(2, 3, 4, 5)  # batch, heads, rows, columns
+    found = torch.ones(7, 2, 3, 4, 5) * torch.arange(3.0)[:, None, None]
+    for shape, expected in (((3, 1, 1), [0.0, 40.0, 160.0]), ((1,), [200.0]), ((3, 1, 5), None)):
+        error = OutputError('mse', shape)
+        error.add(found, target, None)
+        total = error.total()
+        assert total.shape == (7, *shape)
+        if expected is not None:
+            assert total[0].flatten().tolist() == expected
+        else:
+            assert total[0, :, 0].tolist() == [[0.0] * 5, [8.0] * 5, [32.0] * 5]
+
+
+def test_what_cannot_be_searched(toy_vit: Make, images: Tensor) -> None:
+    with pytest.raises(RecipeError, match='smallest=2'):
+        ScaleSearch(smallest=2)
+    with pytest.raises(RecipeError, match='rounds=0'):
+        ScaleSearch(rounds=0)
+    model = calibrated(toy_vit, images)
+    with pytest.raises(StageError, match='blocks.0.attn.qkv: weight_scheme=.* call gplq.search_scales first'):
+        gplq.quantize_weights(model, [images])
+    model = calibrated(toy_vit, images)
+    with pytest.raises(StageError, match='needs logits'):
+        search_scales(model, [images], search=SMALL, forward=lambda m, batch: m(batch)[0])
+    with pytest.raises(CalibrationError, match='the loss of a calibration batch is nan'):
+        search_scales(model, [images], search=SMALL, loss=lambda m, batch: m(batch).sum() * float('nan'))
+    with pytest.raises(CalibrationError, match='does not depend on what is quantized'):
+        search_scales(model, [images], search=SMALL, loss=lambda m, batch: m(batch).detach().sum())
