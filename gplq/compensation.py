@@ -54,6 +54,7 @@ def compensate(
 
     - ``'qwt'``: a matrix a block from the block's input to its output's error (QwT sec. 3, R^2 > 0).
     - ``'ridge'``: each block's last weight refitted on its quantized inputs and rounded anew (ERQ sec. 4.1).
+    - ``'erq'``: the same for every Linear.
     - ``'affine'``: gain and shift a channel of every layer, absorbed by scale and bias (QwT-v2).
     """
     recipe = record_of(model).plan.recipe
@@ -74,6 +75,8 @@ def compensate(
     views = list(_rounded_views(model))
     if recipe.compensation == 'ridge':
         views = _last_of_blocks(views, record_of(model).plan.blocks)
+    if recipe.compensation == 'erq':
+        views = [(plan, view) for plan, view in views if not isinstance(view.owner, nn.Conv2d)]
     for _, view in progress(views, recipe.compensation):
         other = _view(reference, view.name)
         if recipe.compensation == 'affine':

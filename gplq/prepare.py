@@ -270,20 +270,23 @@ class _Planner:
         return MapPlan(
             name=name,
             kind=kind,
-            input=self._linear_input(site, input_bits, columns),
+            input=self._linear_input(site, input_bits, columns, normed=all(call.norm for call in made)),
             weight_bits=weight_bits,
             rows=int(module.weight.shape[0]),
             multiplications=multiplications,
         )
 
-    def _linear_input(self, site: str, bits: int, columns: int) -> OperandPlan | None:
+    def _linear_input(self, site: str, bits: int, columns: int, *, normed: bool = False) -> OperandPlan | None:
         if bits == FLOAT_BITS:
             return None
         if site == 'gelu_output' and self.recipe.gelu_output == 'twin_uniform':
             return OperandPlan(site, QuantizerSpec(bits, signed=None, scheme='twin_uniform'), (1,))
-        per_channel = self.recipe.linear_input == 'channel' and columns > 1
+        wanted = self.recipe.linear_input == 'channel' or (self.recipe.linear_input == 'post_norm' and normed)
+        per_channel = wanted and columns > 1
         granularity: Granularity = 'channel' if per_channel else 'tensor'
-        if site == 'gelu_output' and self.recipe.gelu_output == 'unsigned_offset':
+        shifted = site == 'gelu_output' and self.recipe.gelu_output == 'unsigned_offset'
+        # One column stands for a convolution, whose padding must stay zero.
+        if shifted or (self.recipe.input_offset and columns > 1):
             spec = QuantizerSpec(bits, signed=False, granularity=granularity, offset=True)
         else:
             spec = QuantizerSpec(bits, signed=None, granularity=granularity)

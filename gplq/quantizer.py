@@ -79,7 +79,7 @@ class Quantizer(SinglePrecision):
 
     def parts(self, x: Tensor) -> tuple[Part, ...]:
         """The codes in parts that an integer machine multiplies one by one; values are ``scale`` times their sum."""
-        return (Part(self.codes(x), torch.ones_like(self.scale_over(len(x)))),)
+        return (Part(self.codes(x), self.log_scale.new_ones(())),)
 
     def scale_over(self, batch: int) -> Tensor:
         """The scale for a leading axis of length ``batch``: repeated where heads are merged into that axis."""

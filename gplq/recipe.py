@@ -23,7 +23,7 @@ WEIGHT_STAGE_FIELDS = frozenset(
 
 Rounding = Literal['feedback', 'nearest']
 WeightScheme = Literal['percentile', 'percentile_asymmetric', 'mse', 'min_max', 'searched']
-Compensation = Literal['none', 'qwt', 'ridge', 'affine']
+Compensation = Literal['none', 'qwt', 'ridge', 'erq', 'affine']
 GeluOutput = Literal['signed', 'unsigned_offset', 'twin_uniform']
 
 
@@ -40,7 +40,9 @@ class Recipe:
         first_last_bits: weights and inputs of the patch embedding and of the last classifier layer.
         targets: names to quantize; each must match a module that can be quantized.
         skip: names to leave in floating point; each must match a module.
-        linear_input: ``'channel'`` (one scale an input channel, folded into the weights) or ``'tensor'``.
+        linear_input: ``'channel'`` (one scale an input channel, folded into the weights), ``'tensor'``, or
+            ``'post_norm'``: a channel where the input is a LayerNorm's very output, else a tensor.
+        input_offset: codes of linear inputs without sign, with an offset.
         exponents: candidates for alpha in ``scale_c ~ range_c ** alpha``; ``(1.0,)`` is the plain per-channel
             scale, ``(0.0,)`` one scale for all channels in a vector. Searched a layer when there are several.
         clips: candidates for the share of the range that is represented, searched with the exponents.
@@ -68,7 +70,8 @@ class Recipe:
     first_last_bits: int = 8
     targets: tuple[str, ...] = ('*',)
     skip: tuple[str, ...] = ()
-    linear_input: Literal['channel', 'tensor'] = 'channel'
+    linear_input: Literal['channel', 'tensor', 'post_norm'] = 'channel'
+    input_offset: bool = False
     exponents: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     clips: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
     balance: bool = True
@@ -161,6 +164,37 @@ class Recipe:
             'rounding': 'nearest',
         }
         return cls.gplq(weight_bits, activation_bits, **{**chosen, **settings})
+
+    @classmethod
+    def repq_vit(cls, weight_bits: int = 4, activation_bits: int = 4, **settings: Any) -> Recipe:
+        """RepQ-ViT: scale and offset a channel behind LayerNorms, maps by powers of the root of two."""
+        chosen: dict[str, Any] = {
+            'linear_input': 'post_norm',
+            'input_offset': True,
+            'exponents': (1.0,),
+            'clips': (1.0,),
+            'balance': False,
+            'equalize': False,
+            'attention_map': 'log_sqrt2',
+            'weight_scheme': 'percentile_asymmetric',
+            'rounding': 'nearest',
+        }
+        return cls.gplq(weight_bits, activation_bits, **{**chosen, **settings})
+
+    @classmethod
+    def qwt(cls, weight_bits: int = 4, activation_bits: int = 4, **settings: Any) -> Recipe:
+        """QwT's compensation on RepQ-ViT, as its paper has it."""
+        return cls.repq_vit(weight_bits, activation_bits, **{'compensation': 'qwt', **settings})
+
+    @classmethod
+    def erq(cls, weight_bits: int = 4, activation_bits: int = 4, **settings: Any) -> Recipe:
+        """ERQ on RepQ-ViT's quantizers: each weight refitted to quantized inputs, then rounded with feedback."""
+        return cls.repq_vit(weight_bits, activation_bits, **{'compensation': 'erq', 'rounding': 'feedback', **settings})
+
+    @classmethod
+    def gptq(cls, weight_bits: int = 4, activation_bits: int = 4, **settings: Any) -> Recipe:
+        """Round-to-nearest activations, weights by GPTQ on the quantized inputs."""
+        return cls.rtn(weight_bits, activation_bits, **{'rounding': 'feedback', **settings})
 
     @classmethod
     def from_string(cls, text: str) -> Recipe:

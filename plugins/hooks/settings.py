@@ -14,7 +14,16 @@ from gplq.typecheck import check_types
 
 __all__ = ['HookSettings']
 
-METHODS = {'gplq': Recipe.gplq, 'paper': Recipe.paper, 'rtn': Recipe.rtn, 'ptq4vit': Recipe.ptq4vit}
+METHODS = {
+    'gplq': Recipe.gplq,
+    'paper': Recipe.paper,
+    'rtn': Recipe.rtn,
+    'ptq4vit': Recipe.ptq4vit,
+    'repq_vit': Recipe.repq_vit,
+    'gptq': Recipe.gptq,
+    'qwt': Recipe.qwt,
+    'erq': Recipe.erq,
+}
 # Where a method's activation stage differs from the default.
 STAGES: dict[str, dict[str, Any]] = {'paper': {'reduction': 'sum', 'lr': 5e-6, 'scale_lr': 1e-3}}
 Patterns = str | tuple[str, ...]
@@ -33,7 +42,7 @@ class Arguments(TypedDict, total=False):
     targets: Patterns | None
     skip: Patterns | None
     mimicking: bool | float | None
-    method: Literal['gplq', 'paper', 'rtn', 'ptq4vit'] | None
+    method: Literal['gplq', 'paper', 'rtn', 'ptq4vit', 'repq_vit', 'gptq', 'qwt', 'erq'] | None
     recipe: str | dict[str, Any] | None
     stage: dict[str, Any] | None
     search: dict[str, Any] | None
