@@ -7,6 +7,7 @@ from gplq.export import export
 from gplq.mimicking import MimickingLoss
 from gplq.prepare import prepare
 from gplq.recipe import Recipe
+from gplq.reconstruct import Reconstruction
 from gplq.scale_search import ScaleSearch, search_scales
 from gplq.serialization import load, save
 from gplq.summary import summary
@@ -17,6 +18,7 @@ __all__ = [
     'GPLQError',
     'MimickingLoss',
     'Recipe',
+    'Reconstruction',
     'ScaleSearch',
     'calibrate',
     'export',

@@ -46,6 +46,8 @@ class Quantizer(SinglePrecision):
         self.merged_heads = merged_heads
         self.enabled = False
         self.observer: Observer | None = None
+        # Share of values that pass as they are, while a reconstruction learns (QDrop).
+        self.drop = 0.0
         self.log_scale = nn.Parameter(torch.zeros(shape))
         self.offset = nn.Parameter(torch.zeros(shape)) if spec.offset else None
         self.register_buffer('elements_per_scale', torch.ones(()))
@@ -70,7 +72,7 @@ class Quantizer(SinglePrecision):
             return x
         spec = self.spec
         y = fake_quantize(self._split_heads(x), self.scale, spec.qmin, spec.qmax, self.offset, self.scale_gradient)
-        return y.view(x.shape) if self.merged_heads else y
+        return self._dropped(x, y.view(x.shape) if self.merged_heads else y)
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of ``x`` as a float tensor of the same shape."""
@@ -100,7 +102,10 @@ class Quantizer(SinglePrecision):
     @property
     def settled(self) -> bool:
         """Whether values are quantized and nobody observes them."""
-        return self.enabled and self.observer is None
+        return self.enabled and self.observer is None and self.drop == 0
+
+    def _dropped(self, x: Tensor, y: Tensor) -> Tensor:
+        return y if self.drop == 0 else torch.where(torch.rand_like(x) < self.drop, x, y)
 
     def groups(self, x: Tensor) -> Tensor:
         """``x`` as a matrix, one row a scale: ``(number of scales, elements that share it)``."""

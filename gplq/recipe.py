@@ -21,7 +21,7 @@ WEIGHT_STAGE_FIELDS = frozenset(
     {'weight_bits', 'weight_scheme', 'rounding', 'compensation', 'compensation_bits', 'calibration_samples'}
 )
 
-Rounding = Literal['feedback', 'nearest']
+Rounding = Literal['feedback', 'nearest', 'reconstruct']
 WeightScheme = Literal['percentile', 'percentile_asymmetric', 'mse', 'min_max', 'searched']
 Compensation = Literal['none', 'qwt', 'ridge', 'erq', 'affine']
 GeluOutput = Literal['signed', 'unsigned_offset', 'twin_uniform']
@@ -60,6 +60,7 @@ class Recipe:
             :func:`gplq.search_scales`.
         rounding: ``'nearest'``, or ``'feedback'``: columns make up for the rounding of those before them (GPTQ), and
             scales and biases are fitted to the inputs seen. Layers of more than 4,096 columns are rounded to nearest.
+            ``'reconstruct'``: learned block by block (:class:`gplq.Reconstruction`).
         compensation: what is fitted after the weights are rounded.
         compensation_bits: of the matrix that ``'qwt'`` adds to each block.
         calibration_samples: how many samples calibration and weight stage read at most.
@@ -116,6 +117,11 @@ class Recipe:
     def uses_statistics(self) -> bool:
         """Whether the weight stage looks at the inputs of the weights."""
         return self.rounding == 'feedback'
+
+    @property
+    def reads_batches(self) -> bool:
+        """Whether the weight stage runs the model."""
+        return self.uses_statistics or self.rounding == 'reconstruct' or self.compensation != 'none'
 
     @property
     def name(self) -> str:
@@ -190,6 +196,11 @@ class Recipe:
     def erq(cls, weight_bits: int = 4, activation_bits: int = 4, **settings: Any) -> Recipe:
         """ERQ on RepQ-ViT's quantizers: each weight refitted to quantized inputs, then rounded with feedback."""
         return cls.repq_vit(weight_bits, activation_bits, **{'compensation': 'erq', 'rounding': 'feedback', **settings})
+
+    @classmethod
+    def reconstruct(cls, weight_bits: int = 4, activation_bits: int = 4, **settings: Any) -> Recipe:
+        """GPLQ's quantizers with weights learned block by block (BRECQ, QDrop, APHQ-ViT), and no other training."""
+        return cls.gplq(weight_bits, activation_bits, **{'rounding': 'reconstruct', **settings})
 
     @classmethod
     def gptq(cls, weight_bits: int = 4, activation_bits: int = 4, **settings: Any) -> Recipe:

@@ -106,7 +106,7 @@ class TwoPartQuantizer(Quantizer):
         # Straight through where values can be represented; LSQ's gradient of the scale follows.
         inside = torch.maximum(torch.minimum(steps, high), low)
         y = (inside + (rounded - inside).detach()) * scale
-        return y.to(x.dtype).view(x.shape)
+        return self._dropped(x, y.to(x.dtype).view(x.shape))
 
     def codes(self, x: Tensor) -> Tensor:
         """Values in units of the scale; whole numbers for twin uniform."""

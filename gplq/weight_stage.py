@@ -20,6 +20,7 @@ from gplq.fingerprint import fingerprint
 from gplq.journal import Journal
 from gplq.layernorm_folding import fold_into_layernorms
 from gplq.progress import Progress, no_progress
+from gplq.reconstruct import Reconstruction, reconstruct_blocks
 from gplq.record import Stage, named_quantizers, record_of, weight_views
 from gplq.rounding import once, round_view
 from gplq.spec import FLOAT_BITS
@@ -37,6 +38,7 @@ def quantize_weights(
     forward: Forward = default_forward,
     progress: Progress = no_progress,
     journal: str | os.PathLike[str] | None = None,
+    reconstruction: Reconstruction | None = None,
 ) -> None:
     """Round every targeted weight; cannot be undone.
 
@@ -53,6 +55,7 @@ def quantize_weights(
         progress: wraps an iterable to show how far it is.
         journal: folder in which every finished layer and block is kept; a call that starts from the same model and
             first batch and finds it there goes on behind them.
+        reconstruction: settings of the recipe's ``rounding='reconstruct'``.
 
     Raises:
         StageError: if activations are not calibrated.
@@ -70,7 +73,7 @@ def quantize_weights(
     for _, quantizer in named_quantizers(model):
         quantizer.requires_grad_(False)
     pending = [(plan, view) for plan, view in weight_views(model) if plan.weight_bits != FLOAT_BITS]
-    if pending and (recipe.compensation != 'none' or recipe.uses_statistics) and batches is None:
+    if pending and recipe.reads_batches and batches is None:
         raise StageError(
             f'rounding={recipe.rounding!r} and compensation={recipe.compensation!r} need calibration batches'
         )
@@ -88,7 +91,11 @@ def quantize_weights(
                 reference = copy.deepcopy(model)
             if recipe.uses_statistics:
                 statistics = observe_columns(model, batches, forward, progress)
-        for _, view in progress(pending, 'round weights'):
+        learned: frozenset[str] = frozenset()
+        if recipe.rounding == 'reconstruct' and pending and batches is not None:
+            learned = reconstruct_blocks(model, batches, reconstruction or Reconstruction(), forward, progress)
+        left = [(plan, view) for plan, view in pending if view.name not in learned]
+        for _, view in progress(left, 'round weights'):
             found = statistics.pop(view.name, None)
             once(kept, 'round', view, partial(round_view, view, recipe, found))
         if reference is not None and batches is not None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict, get_type_hints
 from gplq.activation_stage import ActivationStage
 from gplq.errors import RecipeError
 from gplq.recipe import Recipe
+from gplq.reconstruct import Reconstruction
 from gplq.scale_search import ScaleSearch
 from gplq.typecheck import check_types
 
@@ -23,6 +24,7 @@ METHODS = {
     'gptq': Recipe.gptq,
     'qwt': Recipe.qwt,
     'erq': Recipe.erq,
+    'reconstruct': Recipe.reconstruct,
 }
 # Where a method's activation stage differs from the default.
 STAGES: dict[str, dict[str, Any]] = {'paper': {'reduction': 'sum', 'lr': 5e-6, 'scale_lr': 1e-3}}
@@ -42,10 +44,11 @@ class Arguments(TypedDict, total=False):
     targets: Patterns | None
     skip: Patterns | None
     mimicking: bool | float | None
-    method: Literal['gplq', 'paper', 'rtn', 'ptq4vit', 'repq_vit', 'gptq', 'qwt', 'erq'] | None
+    method: Literal['gplq', 'paper', 'rtn', 'ptq4vit', 'repq_vit', 'gptq', 'qwt', 'erq', 'reconstruct'] | None
     recipe: str | dict[str, Any] | None
     stage: dict[str, Any] | None
     search: dict[str, Any] | None
+    reconstruction: dict[str, Any] | None
     example_size: int | tuple[int, int] | None
 
 
@@ -57,6 +60,7 @@ class HookSettings:
         recipe: how the model is quantized.
         stage: learning rates and feature loss of the activation stage.
         search: how `method='ptq4vit'` chooses scales.
+        reconstruction: how `method='reconstruct'` learns which way weights are rounded.
         part: attribute of the model that is quantized where no targets are named, and whose outputs are mimicked.
         iterations: of the activation stage; None chooses, 0 leaves it out: plain post-training quantization.
         minimum_iterations: the choice is one epoch or this, whichever is more, at most a tenth of FP32 training.
@@ -72,6 +76,7 @@ class HookSettings:
     recipe: Recipe
     stage: ActivationStage
     search: ScaleSearch = ScaleSearch()
+    reconstruction: Reconstruction = Reconstruction()
     part: str = 'backbone'
     iterations: int | None = None
     minimum_iterations: int = 1000
@@ -115,6 +120,7 @@ class HookSettings:
         method = given.pop('method', 'gplq')
         recipe, stage = given.pop('recipe', {}), given.pop('stage', {})
         search = _checked(given.pop('search', {}), get_type_hints(ScaleSearch), 'search')
+        learned = _checked(given.pop('reconstruction', {}), get_type_hints(Reconstruction), 'reconstruction')
         if isinstance(recipe, str):
             bits = Recipe.from_string(recipe)
             recipe = {'weight_bits': bits.weight_bits, 'activation_bits': bits.activation_bits}
@@ -131,6 +137,7 @@ class HookSettings:
             recipe=METHODS[method](**{'targets': given.get('part', cls.part), **recipe}),
             stage=ActivationStage(**{**STAGES.get(method, {}), **stage}),
             search=ScaleSearch(**search),
+            reconstruction=Reconstruction(**learned),
             **given,
         )
 

@@ -126,6 +126,7 @@ class WeightPTQHook(Hook):
                 forward=self._activations.forward(model),
                 progress=logged_progress,
                 journal=Path(runner.work_dir, JOURNAL),
+                reconstruction=settings.reconstruction,
             )
         synchronize(model)
 

@@ -21,16 +21,18 @@ METHODS = {
     'gptq': gplq.Recipe.gptq,
     'qwt': gplq.Recipe.qwt,
     'erq': gplq.Recipe.erq,
+    'reconstruct': gplq.Recipe.reconstruct,
 }
 
 
 def quantized(method: str, bits: int, toy_vit: Make, images: Tensor, **settings) -> nn.Module:
     model = toy_vit()
+    quick = gplq.Reconstruction(iterations=60)
     gplq.prepare(model, METHODS[method](bits, bits, **settings), images[:2])
     gplq.calibrate(model, [images])
     if method == 'ptq4vit':
         gplq.search_scales(model, [images], search=gplq.ScaleSearch(candidates=30, rounds=1, images=len(images)))
-    gplq.quantize_weights(model, list(images.chunk(4)))
+    gplq.quantize_weights(model, list(images.chunk(4)), reconstruction=quick)
     return model
 
 
@@ -75,3 +77,4 @@ def test_what_is_fitted_or_fed_back_is_nearer_to_the_floating_point_model(toy_vi
     assert found['gptq'] < found['rtn']
     assert found['qwt'] < found['repq_vit']
     assert found['erq'] < found['repq_vit']
+    assert found['reconstruct'] < found['rtn']

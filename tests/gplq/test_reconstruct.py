@@ -1,0 +1,90 @@
+"""Weights whose rounding is learned: it starts at the weight, decides, and helps the block's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gplq
+from gplq.errors import RecipeError, StageError
+from gplq.record import named_quantizers, weight_views
+from gplq.soft_rounding import SoftRounding
+from gplq.weights import choose_weight_scales
+
+Make = Callable[..., nn.Module]
+
+
+@pytest.mark.parametrize('scheme', ['mse', 'percentile_asymmetric'])
+def test_soft_rounding_starts_at_the_weight_and_ends_on_the_grid(scheme: str, toy_vit: Make, images: Tensor) -> None:
+    model = toy_vit()
+    gplq.prepare(model, gplq.Recipe.reconstruct(4, 4, weight_scheme=scheme), images[:2])
+    gplq.calibrate(model, [images])
+    view = next(v for _, v in weight_views(model) if v.name == 'blocks.0.fc1')
+    exact = view.matrix().clone()
+    scales = choose_weight_scales(exact * view.map.column_scale, 4, scheme)
+    soft = SoftRounding(view, scales, 4)
+    inside = (soft.floor > soft.bounds[0]) & (soft.floor < soft.bounds[1] - 1)
+    assert torch.allclose(soft()[inside], exact[inside], atol=1e-3 * float(exact.abs().max()))
+    assert float(soft.indecision(2.0)) > 0
+    with torch.no_grad():
+        soft.logit.copy_(torch.where(soft.logit > 0, 10.0, -10.0))
+    assert float(soft.indecision(2.0)) == 0
+    nearest = soft().detach()
+    soft.settle()
+    # The codes follow from what was written.
+    assert torch.allclose(view.matrix(), nearest, atol=1e-6)
+    assert torch.equal(view.codes(), view.codes().round())
+
+
+def block_error(model: nn.Module, reference: nn.Module, images: Tensor) -> float:
+    with torch.no_grad():
+        x, y = model.patch_embed(images), reference.patch_embed(images)
+        x, y = (v.flatten(2).transpose(1, 2) for v in (x, y))
+        return float((model.blocks[0](y) - reference.blocks[0](y)).square().mean())
+
+
+@pytest.mark.parametrize('bits', [2, 3])
+def test_a_block_is_nearer_than_by_rounding_to_nearest(bits: int, toy_vit: Make, images: Tensor) -> None:
+    errors = {}
+    for rounding in ('nearest', 'reconstruct'):
+        model = toy_vit(depth=1)
+        # Without activations at low bits all that differs is the rounding of weights.
+        recipe = gplq.Recipe.reconstruct(bits, 8, rounding=rounding, fold_layernorm=False)
+        gplq.prepare(model, recipe, images[:2])
+        gplq.calibrate(model, [images])
+        settings = gplq.Reconstruction(iterations=200, drop=0.0)
+        gplq.quantize_weights(model, [images], reconstruction=settings)
+        errors[rounding] = block_error(model, toy_vit(depth=1), images)
+    assert errors['reconstruct'] < 0.8 * errors['nearest']
+
+
+def test_it_is_repeatable_and_leaves_no_trace(toy_vit: Make, images: Tensor) -> None:
+    outputs = []
+    for _ in range(2):
+        model = toy_vit().train()
+        gplq.prepare(model, gplq.Recipe.reconstruct(4, 4), images[:2])
+        gplq.calibrate(model, [images])
+        state = torch.random.get_rng_state()
+        gplq.quantize_weights(model, [images[:8], images[8:]], reconstruction=gplq.Reconstruction(iterations=20))
+        assert torch.equal(torch.random.get_rng_state(), state)
+        assert model.training and all(block.training for block in model.blocks)
+        assert all(q.drop == 0 for _, q in named_quantizers(model))
+        assert all(p.grad is None for p in model.parameters())
+        with torch.no_grad():
+            outputs.append(model.eval()(images))
+    assert torch.equal(*outputs)
+
+
+def test_what_is_refused(toy_vit: Make, images: Tensor) -> None:
+    with pytest.raises(RecipeError, match='iterations=0'):
+        gplq.Reconstruction(iterations=0)
+    with pytest.raises(RecipeError, match='drop=1'):
+        gplq.Reconstruction(drop=1)
+    model = toy_vit()
+    gplq.prepare(model, gplq.Recipe.reconstruct(4, 4), images[:2])
+    gplq.calibrate(model, [images])
+    with pytest.raises(StageError, match="rounding='reconstruct'.* need calibration batches"):
+        gplq.quantize_weights(model)
