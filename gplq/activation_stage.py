@@ -18,7 +18,7 @@ from gplq.errors import RecipeError, StageError, TrainingError
 from gplq.mimicking import FeatureTap, Mimicking, Reduction, fit_mimicking_loss
 from gplq.progress import Progress, no_progress
 from gplq.quantizer import Quantizer
-from gplq.record import Stage, named_quantizers, record_of
+from gplq.record import Stage, record_of, scale_parameters
 from gplq.running_statistics import RunningStatistics
 from gplq.typecheck import check_types
 from gplq.weights import WeightQuantizer
@@ -99,7 +99,7 @@ def parameter_groups(model: nn.Module, stage: ActivationStage, iterations: int |
         iterations: length of the stage, see :func:`learning_rates`.
     """
     lr, scale_lr = learning_rates(stage, iterations)
-    quantizers = {id(p) for _, q in named_quantizers(model) for p in q.parameters()}
+    quantizers = {id(p) for p in scale_parameters(model)}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {

@@ -85,6 +85,9 @@ def calibrate(
     for name, product in named_products(model):
         for site, quantizer in zip(product.sites, product.operands, strict=True):
             _settle(quantizer, settled[f'{name}:{site}'], observers[f'{name}:{site}'], samples)
+    for _, view in weight_views(model):
+        if view.map.weight is not None and view.map.weight.log_scale is not None:
+            view.map.weight.start_learning(view.matrix(), view.map.column_scale)
     record.stage = Stage.CALIBRATED
 
 

@@ -56,6 +56,8 @@ class Recipe:
             scale in all.
         attention_map: how attention maps are quantized, see :mod:`gplq.twin_uniform` and :mod:`gplq.log_sqrt2`.
         equalize: even out query and key channels in the weights where nothing else reads them.
+        train_weights: round weights while the activation stage trains, with learned scales (LSQ): quantization-aware
+            training of both, whose weights the weight stage takes as they are.
         weight_scheme: how weight scales are chosen, always one an output channel; ``'searched'`` takes those of
             :func:`gplq.search_scales`.
         rounding: ``'nearest'``, or ``'feedback'``: columns make up for the rounding of those before them (GPTQ), and
@@ -83,6 +85,7 @@ class Recipe:
     gelu_output: GeluOutput = 'signed'
     attention_map: Scheme = 'uniform'
     equalize: bool = True
+    train_weights: bool = False
     weight_scheme: WeightScheme = 'mse'
     rounding: Rounding = 'feedback'
     compensation: Compensation = 'none'
@@ -105,6 +108,10 @@ class Recipe:
             raise RecipeError(f'clips={self.clips} must be values in (0, 1]')
         if self.calibration_samples < 1:
             raise RecipeError(f'calibration_samples={self.calibration_samples} must be at least 1')
+        if self.train_weights and (self.compensation != 'none' or self.weight_scheme == 'percentile_asymmetric'):
+            raise RecipeError(
+                "train_weights=True settles the weights: set compensation='none' and a symmetric weight_scheme"
+            )
         if not self.fold and self.compensation != 'none':
             raise RecipeError("fold=False is an ablation of the plain weight stage: set compensation='none'")
 
@@ -116,7 +123,7 @@ class Recipe:
     @property
     def uses_statistics(self) -> bool:
         """Whether the weight stage looks at the inputs of the weights."""
-        return self.rounding == 'feedback'
+        return self.rounding == 'feedback' and not self.train_weights
 
     @property
     def reads_batches(self) -> bool:
@@ -196,6 +203,12 @@ class Recipe:
     def erq(cls, weight_bits: int = 4, activation_bits: int = 4, **settings: Any) -> Recipe:
         """ERQ on RepQ-ViT's quantizers: each weight refitted to quantized inputs, then rounded with feedback."""
         return cls.repq_vit(weight_bits, activation_bits, **{'compensation': 'erq', 'rounding': 'feedback', **settings})
+
+    @classmethod
+    def lsq(cls, weight_bits: int = 4, activation_bits: int = 4, **settings: Any) -> Recipe:
+        """Plain quantization-aware training of weights and activations together (LSQ)."""
+        chosen: dict[str, Any] = {'train_weights': True, 'equalize': False, 'rounding': 'nearest'}
+        return cls.gplq(weight_bits, activation_bits, **{**chosen, **settings})
 
     @classmethod
     def reconstruct(cls, weight_bits: int = 4, activation_bits: int = 4, **settings: Any) -> Recipe:

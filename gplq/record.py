@@ -25,6 +25,7 @@ __all__ = [
     'named_products',
     'named_quantizers',
     'record_of',
+    'scale_parameters',
     'set_record',
     'weight_views',
 ]
@@ -138,15 +139,28 @@ def named_quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
             yield f'{name}:{site}', quantizer
 
 
+def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Every scale and offset that learns, of activations and of weights."""
+    parameters = [p for _, q in named_quantizers(model) for p in q.parameters()]
+    weights = (view.map.weight for _, view in weight_views(model))
+    return parameters + [q.log_scale for q in weights if q is not None and q.log_scale is not None]
+
+
 @contextmanager
 def floating_point(model: nn.Module) -> Iterator[None]:
-    """Switch every activation quantizer off; with weights not yet rounded the model is its FP32 self."""
+    """Switch every quantizer off; with weights not yet rounded the model is its FP32 self."""
     quantizers = [q for _, q in named_quantizers(model)]
     enabled = [q.enabled for q in quantizers]
+    weights = [q for q in (view.map.weight for _, view in weight_views(model)) if q is not None]
+    learning = [q.learning for q in weights]
     for quantizer in quantizers:
         quantizer.enabled = False
+    for weight in weights:
+        weight.learning = False
     try:
         yield
     finally:
         for quantizer, state in zip(quantizers, enabled, strict=True):
             quantizer.enabled = state
+        for weight, state in zip(weights, learning, strict=True):
+            weight.learning = state

@@ -34,6 +34,8 @@ def once(journal: Journal | None, step: str, view: WeightView, work: Callable[[]
         return
     view.write(known.pop('weight').to(view.matrix()))
     view.map.corrected = bool(known.pop('corrected'))
+    if view.map.weight is not None:
+        view.map.weight.forget_learning()
     view.map.load_state_dict({key.removeprefix('map.'): tensor for key, tensor in known.items()})
     if view.map.weight is not None:
         view.map.weight.enabled = True
@@ -62,21 +64,25 @@ def round_view(
     column_scale = view.map.column_scale.expand(exact.shape[1])
     folded = exact * column_scale
     importance = None if statistics is None else statistics.mean_square / column_scale.square()
-    if recipe.weight_scheme == 'searched':
+    learned = quantizer.learning
+    if learned:
+        scales = quantizer.settle_learning(column_scale)
+    elif recipe.weight_scheme == 'searched':
         # Convolutions, whose input has one scale, are not searched.
         if not quantizer.proposed and not isinstance(view.owner, nn.Conv2d):
             raise StageError(f"{view.name}: weight_scheme='searched', but nothing was: call gplq.search_scales first")
         scales = quantizer.scales if quantizer.proposed else choose_weight_scales(folded, bits, 'mse', importance)
     else:
         scales = choose_weight_scales(folded, bits, recipe.weight_scheme, importance)
-    if recipe.rounding == 'feedback' and statistics is not None and statistics.gram is not None:
+    if recipe.uses_statistics and statistics is not None and statistics.gram is not None:
         gram = statistics.gram / torch.outer(column_scale, column_scale)
         values = round_with_feedback(folded, scales, bits, gram)
     else:
         values = restore_weight(round_weight(folded, scales, bits), scales)
     rounded = quantizer.keep(values, column_scale, scales)
     view.write(rounded)
-    mean = _mean(view, statistics, exact)
+    # Training has seen the rounded weight already.
+    mean = None if learned else _mean(view, statistics, exact)
     if mean is not None:
         view.map.bias_correction.copy_((exact - rounded) @ mean)
         view.map.corrected = True

@@ -101,6 +101,9 @@ def _enter_stage(model: nn.Module, stage: Stage, corrected: list[str]) -> None:
         view.map.corrected = view.name in corrected
         if view.map.weight is not None:
             view.map.weight.enabled = stage is Stage.QUANTIZED
+            view.map.weight.learning = stage is Stage.CALIBRATED and view.map.weight.log_scale is not None
+            if stage is Stage.QUANTIZED:
+                view.map.weight.forget_learning()
             if stage is Stage.QUANTIZED:
                 view.freeze()
 

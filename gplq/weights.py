@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gplq.functional import fake_quantize
 from gplq.single_precision import SinglePrecision
 from gplq.spec import QuantizerSpec
 
@@ -103,6 +104,12 @@ def _row_quantile(weight: Tensor, p: float) -> Tensor:
     return torch.quantile(weight, p, dim=1)
 
 
+def _relative(column_scale: Tensor) -> Tensor:
+    """Input scales without their geometric mean, as constants."""
+    column_scale = column_scale.detach()
+    return column_scale / column_scale.log().mean().exp()
+
+
 class WeightQuantizer(SinglePrecision):
     """Scales of one weight matrix and the rounding itself; empty until the weight stage.
 
@@ -114,13 +121,17 @@ class WeightQuantizer(SinglePrecision):
         rows: output channels.
         asymmetric: whether there is a zero point a row.
         folded: whether codes are those of ``weight * input scale``.
+        learned: whether weights are rounded while the model is trained, with scales that learn (LSQ, Esser et al.
+            2020); ``log_scale`` is gone once the weight stage has settled them.
     """
 
     scale: Tensor
     zero_point: Tensor | None
 
-    def __init__(self, bits: int, rows: int, *, asymmetric: bool, folded: bool) -> None:
+    def __init__(self, bits: int, rows: int, *, asymmetric: bool, folded: bool, learned: bool = False) -> None:
         super().__init__()
+        self.learning = False
+        self.log_scale = nn.Parameter(torch.zeros(rows)) if learned else None
         self.spec = QuantizerSpec(bits, signed=not asymmetric, granularity='channel', offset=asymmetric)
         self.folded = folded
         self.enabled = False
@@ -132,6 +143,44 @@ class WeightQuantizer(SinglePrecision):
     @property
     def scales(self) -> WeightScales:
         return WeightScales(self.scale, self.zero_point)
+
+    @torch.no_grad()
+    def start_learning(self, weight: Tensor, column_scale: Tensor) -> None:
+        """Take the scales of least squared error of ``weight``, ``(rows, columns)``, and round it from now on."""
+        assert self.log_scale is not None
+        relative = _relative(column_scale)
+        scales = choose_weight_scales(weight.float() * relative, self.spec.bits, 'mse')
+        self.log_scale.copy_(scales.scale.log())
+        self.learning = True
+
+    def rounded(self, weight: Tensor, column_scale: Tensor) -> Tensor:
+        """``weight``, of a Linear or a convolution, on the grid of the learned scales; with LSQ's gradients.
+
+        The grid is that of the weight with the input scales folded in, so that the weight stage keeps it. Their common
+        size is left out: an input scale that grows does not make the weight's steps larger.
+        """
+        assert self.log_scale is not None
+        rows = weight.shape[0]
+        matrix = weight.reshape(rows, -1)
+        relative = _relative(column_scale)
+        factor = (matrix.shape[1] * self.spec.qmax) ** -0.5
+        folded = matrix * relative
+        y = fake_quantize(folded, self.log_scale.exp()[:, None], self.spec.qmin, self.spec.qmax, None, factor)
+        return (y / relative).reshape(weight.shape).to(weight.dtype)
+
+    @torch.no_grad()
+    def settle_learning(self, column_scale: Tensor) -> WeightScales:
+        """Stop learning; the scales of the folded weight."""
+        assert self.log_scale is not None
+        common = (column_scale / _relative(column_scale)).reshape(-1)[0]
+        scales = WeightScales(self.log_scale.exp() * common, None)
+        self.forget_learning()
+        return scales
+
+    def forget_learning(self) -> None:
+        """Round no longer while the model runs; the weights are rounded, or about to be."""
+        self.learning = False
+        self.log_scale = None
 
     @torch.no_grad()
     def propose(self, scale: Tensor) -> None:

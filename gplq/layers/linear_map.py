@@ -48,6 +48,8 @@ class LinearMap(SinglePrecision):
         bias: Tensor | None,
     ) -> Tensor:
         """``operation(quantized x, weight, bias)``; ``weight`` is already rounded after the weight stage."""
+        if self.weight is not None and self.weight.learning:
+            weight = self.weight.rounded(weight, self.column_scale)
         if self.corrected:
             correction = self.bias_correction
             bias = correction if bias is None else bias + correction

@@ -16,7 +16,7 @@ from gplq.activation_stage import learning_rates, parameter_groups, stage_iterat
 from gplq.errors import DataError, RecipeError
 from gplq.plugins.hooks.model import model_of
 from gplq.plugins.hooks.settings import HookSettings
-from gplq.record import named_quantizers
+from gplq.record import scale_parameters
 
 __all__ = ['Change', 'keep_schedule', 'table', 'take_over']
 
@@ -45,7 +45,7 @@ def take_over(runner: Runner, settings: HookSettings) -> list[Change]:
 def keep_schedule(runner: Runner, settings: HookSettings) -> list[Change]:
     """Keep the config's schedule and give the scales a group of their own in its optimizer."""
     optimizer = _wrapper(runner).optimizer
-    scales = [p for _, q in named_quantizers(model_of(runner)) for p in q.parameters()]
+    scales = scale_parameters(model_of(runner))
     if scales:
         _, rate = learning_rates(settings.stage, _updates(runner))
         optimizer.add_param_group({'params': scales, 'lr': rate, 'weight_decay': 0.0})

@@ -1,0 +1,122 @@
+"""Quantization-aware training of weights and activations together: what it rounds, its gradients, how it ends."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gplq
+from gplq.activation_stage import parameter_groups
+from gplq.errors import RecipeError
+from gplq.record import floating_point, scale_parameters, weight_views
+from gplq.serialization import describe, restore
+from gplq.weights import WeightQuantizer
+
+Make = Callable[..., nn.Module]
+
+
+def calibrated(toy_vit: Make, images: Tensor, bits: int = 3, **settings) -> nn.Module:
+    model = toy_vit()
+    gplq.prepare(model, gplq.Recipe.lsq(bits, bits, **settings), images[:2])
+    gplq.calibrate(model, [images])
+    return model
+
+
+def test_gradients_are_those_of_lsq() -> None:
+    quantizer = WeightQuantizer(3, 1, asymmetric=False, folded=True, learned=True)
+    assert quantizer.log_scale is not None
+    with torch.no_grad():
+        quantizer.log_scale.copy_(torch.tensor([0.5]).log())
+    quantizer.learning = True
+    # In steps of 0.5: inside, inside, above the largest code of 3, below the least of -4.
+    weight = torch.tensor([[0.6, -0.9, 2.0, -3.0]], requires_grad=True)
+    rounded = quantizer.rounded(weight, torch.ones(4))
+    assert rounded.tolist() == [[0.5, -1.0, 1.5, -2.0]]
+    rounded.sum().backward()
+    assert weight.grad.tolist() == [[1.0, 1.0, 0.0, 0.0]]
+    # s (code - w / s) inside, s * bound outside, times 1 / sqrt(columns * qmax) (Esser et al. 2020, eq. 3, sec. 2.2).
+    slope = 0.5 * ((1 - 1.2) + (-2 + 1.8) + 3 - 4)
+    assert float(quantizer.log_scale.grad) == pytest.approx(slope / (4 * 3) ** 0.5, rel=1e-2)
+
+
+@pytest.mark.parametrize('linear_input', ['tensor', 'channel'])
+def test_the_weight_stage_keeps_what_was_trained(linear_input: str, toy_vit: Make, images: Tensor) -> None:
+    model = calibrated(toy_vit, images, linear_input=linear_input, fold_layernorm=False)
+    labels = torch.arange(len(images)) % 5
+    before = {id(p): p.detach().clone() for p in scale_parameters(model)}
+    stage = gplq.ActivationStage(lr=1e-3, scale_lr=1e-2)
+    gplq.train_activations(model, [(images, labels)] * 3, stage=stage)
+    assert all(not torch.equal(p, before[id(p)]) for p in scale_parameters(model))
+    with torch.no_grad():
+        trained = model.eval()(images)
+    gplq.quantize_weights(model, [images])
+    with torch.no_grad():
+        assert torch.allclose(model(images), trained, atol=1e-4)
+    assert not [name for name in model.state_dict() if name.endswith('weight.log_scale')]
+    for _, view in weight_views(model):
+        assert view.map.weight is not None and not view.map.weight.learning
+        codes = view.codes()
+        assert float(codes.min()) >= -(2 ** (view.map.weight.spec.bits - 1))
+
+
+def test_training_lowers_the_loss_of_the_quantized_model(toy_vit: Make, images: Tensor) -> None:
+    labels = torch.arange(len(images)) % 5
+    model = calibrated(toy_vit, images, bits=2)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(nn.functional.cross_entropy(model(images), labels))
+
+    model.eval()
+    start = loss()
+    gplq.train_activations(model, [(images, labels)], iterations=40, stage=gplq.ActivationStage(lr=3e-3, scale_lr=1e-2))
+    model.eval()
+    trained = loss()
+    gplq.quantize_weights(model, [images])
+    assert trained < 0.7 * start
+    assert loss() == pytest.approx(trained, rel=1e-3)
+
+
+def test_floating_point_means_weights_too(toy_vit: Make, images: Tensor) -> None:
+    model = calibrated(toy_vit, images)
+    with torch.no_grad(), floating_point(model):
+        assert torch.allclose(model(images), toy_vit()(images), atol=1e-5)
+    with torch.no_grad():
+        assert not torch.allclose(model(images), toy_vit()(images), atol=1e-2)
+
+
+def test_weights_and_scales_have_rates_of_their_own(toy_vit: Make, images: Tensor) -> None:
+    model = calibrated(toy_vit, images)
+    weights, scales = parameter_groups(model, gplq.ActivationStage(), 1000)
+    assert {id(p) for p in scales['params']} == {id(p) for p in scale_parameters(model)}
+    assert not {id(p) for p in weights['params']} & {id(p) for p in scales['params']}
+    learned = [view.map.weight for _, view in weight_views(model)]
+    assert all(any(q.log_scale is p for p in scales['params']) for q in learned)
+
+
+def test_a_copy_a_checkpoint_and_a_file_compute_the_same(toy_vit: Make, images: Tensor, tmp_path: Path) -> None:
+    model = calibrated(toy_vit, images).eval()
+    with torch.no_grad():
+        expected = model(images)
+        assert torch.equal(copy.deepcopy(model)(images), expected)
+    # As a resumed run is rebuilt, in the middle of its training.
+    other = toy_vit()
+    restore(other, describe(model))
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other.eval()(images), expected)
+    gplq.quantize_weights(model, [images])
+    gplq.save(model, tmp_path / 'model.safetensors')
+    with torch.no_grad():
+        assert torch.equal(gplq.load(toy_vit(), tmp_path / 'model.safetensors')(images), model(images))
+
+
+@pytest.mark.parametrize('settings', [dict(compensation='qwt'), dict(weight_scheme='percentile_asymmetric')])
+def test_what_would_undo_the_training_is_refused(settings: dict) -> None:
+    with pytest.raises(RecipeError, match='train_weights=True settles the weights'):
+        gplq.Recipe.lsq(4, 4, **settings)
