@@ -15,7 +15,7 @@ from gplq.plugins.hooks.report import minutes_up_to
 from gplq.plugins.results import ResultError, ResultRow, commit, file_sha256, versions
 from gplq.spec import check_bits
 
-__all__ = ['METHODS', 'VARIANTS', 'Run', 'plan_runs', 'rows_of']
+__all__ = ['METHODS', 'ROW', 'VARIANTS', 'Run', 'plan_runs', 'rows_of']
 
 TOOL = 'tools/train.py'
 HOOK = 'default_hooks.gplq.'
@@ -24,8 +24,15 @@ METHODS: dict[str, dict[str, Any]] = {
     'fp32': {'weight_bits': 32, 'activation_bits': 32, 'iterations': 0},
     'fp32_control': {'weight_bits': 32, 'activation_bits': 32},
     'gplq': {},
-    'rtn': {'method': 'rtn', 'iterations': 0},
+    'lsq': {'method': 'lsq'},
+    **{
+        name: {'method': name, 'iterations': 0}
+        for name in ('rtn', 'ptq4vit', 'repq_vit', 'gptq', 'qwt', 'erq', 'reconstruct')
+    },
 }
+
+# What every table has.
+ROW = ('fp32', 'fp32_control', 'gplq', 'rtn')
 
 # What differs from the hook's own settings.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -111,12 +118,10 @@ class Run:
     @property
     def bits_of_rows(self) -> list[tuple[str, int, int]]:
         """Name, weight bits and activation bits of each step that has rows; the last one's predictions are kept."""
-        return {
-            'fp32': [('FP32', 32, 32)],
-            'fp32_control': [('FP32 control', 32, 32)],
-            'gplq': [(f'W32A{self.bits}', 32, self.bits), (f'W{self.bits}A{self.bits}', self.bits, self.bits)],
-            'rtn': [(f'W{self.bits}A{self.bits}', self.bits, self.bits)],
-        }[self.method]
+        if self.method in ('fp32', 'fp32_control'):
+            return [(self.method.upper().replace('_CONTROL', ' control'), 32, 32)]
+        both = (f'W{self.bits}A{self.bits}', self.bits, self.bits)
+        return [(f'W32A{self.bits}', 32, self.bits), both] if self.method == 'gplq' else [both]
 
     def is_done(self, metrics: Sequence[str], sha256: str, rows: Sequence[ResultRow]) -> bool:
         """Whether ``rows`` hold every metric of each step, measured on the checkpoint of this hash."""
@@ -159,7 +164,7 @@ def plan_runs(
     slug = re.sub(r'[^\w.=-]+', '_', '_'.join(f'{key}={value}' for key, value in options.items()))
     for seed in seeds:
         for method in methods:
-            for width in bits if method in ('gplq', 'rtn') else (32,):
+            for width in bits if method not in ('fp32', 'fp32_control') else (32,):
                 for variant in variants if method == 'gplq' else ('',):
                     if method == 'fp32' and seed != seeds[0]:
                         continue

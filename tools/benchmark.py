@@ -20,7 +20,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.utils import track_iter_progress
 
-from gplq.plugins.benchmark import METHODS, VARIANTS, Run, plan_runs, rows_of
+from gplq.plugins.benchmark import METHODS, ROW, VARIANTS, Run, plan_runs, rows_of
 from gplq.plugins.command_line import exit_on_error
 from gplq.plugins.comparison import Comparison
 from gplq.plugins.results import ResultError, append_row, file_sha256, read_rows
@@ -41,7 +41,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--bits', nargs='+', type=int, default=[4, 3], help='default: 4 3')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='default: 0')
     parser.add_argument(
-        '--methods', nargs='+', choices=METHODS, default=list(METHODS), metavar='METHOD', help=_choices(METHODS)
+        '--methods',
+        nargs='+',
+        choices=METHODS,
+        default=list(ROW),
+        metavar='METHOD',
+        help=f'{_choices(METHODS)} (default: {" ".join(ROW)})',
     )
     parser.add_argument(
         '--variants',

@@ -286,6 +286,8 @@ class ActivationQATHook(Hook):
         if recipe.quantizes and recipe.activation_bits == 32:
             return
         step = f'W32A{recipe.activation_bits}' if recipe.quantizes else 'FP32 control'
+        if recipe.train_weights:
+            step = f'W{recipe.weight_bits}A{recipe.activation_bits} trained'
         when, metrics = self._last_validation
         if when != runner.iter or not self.settings.trains:
             metrics = evaluate(runner)

@@ -25,6 +25,7 @@ METHODS = {
     'qwt': Recipe.qwt,
     'erq': Recipe.erq,
     'reconstruct': Recipe.reconstruct,
+    'lsq': Recipe.lsq,
 }
 # Where a method's activation stage differs from the default.
 STAGES: dict[str, dict[str, Any]] = {'paper': {'reduction': 'sum', 'lr': 5e-6, 'scale_lr': 1e-3}}
@@ -44,7 +45,7 @@ class Arguments(TypedDict, total=False):
     targets: Patterns | None
     skip: Patterns | None
     mimicking: bool | float | None
-    method: Literal['gplq', 'paper', 'rtn', 'ptq4vit', 'repq_vit', 'gptq', 'qwt', 'erq', 'reconstruct'] | None
+    method: Literal['gplq', 'paper', 'rtn', 'ptq4vit', 'repq_vit', 'gptq', 'qwt', 'erq', 'reconstruct', 'lsq'] | None
     recipe: str | dict[str, Any] | None
     stage: dict[str, Any] | None
     search: dict[str, Any] | None

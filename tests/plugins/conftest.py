@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gplq.plugins.benchmark import METHODS, Run, plan_runs
+from gplq.plugins.benchmark import ROW, Run, plan_runs
 
 
 @pytest.fixture
@@ -15,9 +15,7 @@ def make_runs(tmp_path: Path) -> Callable[..., list[Run]]:
     checkpoint = tmp_path / 'fp32.pth'
     checkpoint.write_bytes(b'weights')
 
-    def make(
-        methods=tuple(METHODS), bits=(4, 3), seeds=(0, 1), variants=('', 'folded'), options=None, **more
-    ) -> list[Run]:
+    def make(methods=ROW, bits=(4, 3), seeds=(0, 1), variants=('', 'folded'), options=None, **more) -> list[Run]:
         return list(
             plan_runs(
                 'cells',

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from gplq.errors import RecipeError
-from gplq.plugins.benchmark import METHODS, Run, rows_of
+from gplq.plugins.benchmark import METHODS, ROW, Run, rows_of
 from gplq.plugins.results import ResultError
 
 STEP = dict(effective_bits=3.1, model_bytes=100, peak_memory_mb=7.0, scope='backbone')
@@ -16,7 +16,7 @@ STEP = dict(effective_bits=3.1, model_bytes=100, peak_memory_mb=7.0, scope='back
 
 def test_fp32_runs_once_its_control_once_a_seed_and_variants_are_ours(make_runs: Callable[..., list[Run]]) -> None:
     runs = make_runs()
-    count = {method: sum(run.method == method for run in runs) for method in METHODS}
+    count = {method: sum(run.method == method for run in runs) for method in ROW}
     assert count == {'fp32': 1, 'fp32_control': 2, 'rtn': 2 * 2, 'gplq': 2 * 2 * 2}
     assert [run.text for run in make_runs(['fp32'], seeds=(2, 1))] == [run.text for run in make_runs(['fp32'])]
     assert len({run.work_dir for run in runs}) == len({run.text for run in runs}) == len(runs)
@@ -103,6 +103,15 @@ def test_options_are_part_of_the_variant_and_of_the_folder(make_runs: Callable[.
     (run,) = make_runs(['gplq'], [3], [0], ['folded'], {'default_hooks.gplq.stage.lr': '5e-5'})
     assert (plain.label, run.label) == ('folded', 'folded, stage.lr=5e-5')
     assert plain.work_dir != run.work_dir
+
+
+def test_only_gplq_has_a_step_between(make_runs: Callable[..., list[Run]]) -> None:
+    steps = {run.method: [step for step, *_ in run.bits_of_rows] for run in make_runs(tuple(METHODS), [3], [0], [''])}
+    assert steps.pop('fp32') == ['FP32']
+    assert steps.pop('fp32_control') == ['FP32 control']
+    assert steps.pop('gplq') == ['W32A3', 'W3A3']
+    assert {'lsq', 'ptq4vit', 'erq'} < set(steps)
+    assert all(found == ['W3A3'] for found in steps.values())
 
 
 @pytest.mark.parametrize(('task', 'expected'), [('detection', 'detector'), ('classification', 'backbone')])

@@ -168,6 +168,14 @@ def test_activations_alone_and_weights_alone(train: Train, steps_of: Steps) -> N
     assert [s['step'] for s in steps_of(train('w', activation_bits=32))] == ['FP32', 'W4A32']
 
 
+def test_weights_and_activations_are_trained_together_on_demand(train: Train, steps_of: Steps) -> None:
+    runner = train('lsq', method='lsq', stage=dict(lr=1e-3))
+    trained, settled = steps_of(runner)[1:]
+    assert (trained['step'], settled['step']) == ('W4A4 trained', 'W4A4')
+    # The weight stage rounds as training did.
+    assert settled['metrics'] == pytest.approx(trained['metrics'], rel=1e-4)
+
+
 def test_the_parts_do_what_the_whole_does(train: Train, steps_of: Steps) -> None:
     whole = steps_of(train('whole'))
 
