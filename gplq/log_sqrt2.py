@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -41,8 +39,3 @@ def log_sqrt2_parts(x: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor
     odd = exponent.remainder(2)
     power = torch.exp2((exponent - odd) / 2).mul_(exponent >= 0)
     return power * (1 - odd), power * odd
-
-
-def largest_value(bits: int) -> float:
-    """The largest value in units of the scale."""
-    return math.sqrt(2) ** (log_sqrt2_levels(bits) - 1)

@@ -6,14 +6,13 @@ for rounding noise. These three are not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ['OBJECTIVES', 'Objective', 'fisher', 'perturbed_kl', 'quantized_kl']
+__all__ = ['Objective', 'fisher', 'perturbed_kl', 'quantized_kl']
 
 Objective = Literal['fisher', 'quantized_kl', 'perturbation']
 
@@ -45,10 +44,3 @@ def perturbed_kl(logits: Tensor, generator: torch.Generator, share: float = 0.1)
     noise = torch.randn(logits.shape, generator=generator).to(logits)
     target = logits.detach() + share * logits.detach().std() * noise
     return quantized_kl(logits, target)
-
-
-OBJECTIVES: dict[str, Callable[..., Tensor]] = {
-    'fisher': fisher,
-    'quantized_kl': quantized_kl,
-    'perturbation': perturbed_kl,
-}

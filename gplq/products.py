@@ -100,6 +100,8 @@ class QuantizedProduct(nn.Module):
         self.sites = sites
         for site, quantizer in zip(sites, operands, strict=True):
             self.add_module(site, quantizer)
+        # Whether the model computes it by an einsum, whose operands may lie in any order.
+        self.einsum = False
         # Set while a stage looks on; sees both operands before they are quantized and the product, the latter with its
         # gradient where there is one.
         self.watcher: Callable[[Tensor, Tensor, Tensor], None] | None = None
@@ -208,7 +210,8 @@ class _ProductMode(TorchFunctionMode):
         product = self._next()
         if product is None:
             return func(*args, **kwargs)
-        if func is torch.einsum:
+        product.einsum = func is torch.einsum
+        if product.einsum:
             return product(*operands, lambda left, right: torch.einsum(args[0], left, right))
         return product(*operands, torch.matmul)
 

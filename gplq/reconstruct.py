@@ -195,7 +195,7 @@ def _fit(
     def run(sample: _Sample, hard: bool = False) -> Tensor:
         weights = {}
         for key, group in soft.items():
-            parts = [r._values(r.floor + (r.up() >= 0.5)) if hard else r() for r in group]
+            parts = [r.values(r.floor + (r.up() >= 0.5)) if hard else r() for r in group]
             like = block.get_parameter(key)
             weights[key] = torch.cat(parts).reshape(like.shape).to(like.dtype)
         y: Tensor = functional_call(block, weights, sample.args, sample.kwargs)

@@ -97,7 +97,7 @@ def search_scales(
         progress: wraps an iterable to show how far it is.
 
     Raises:
-        StageError: if the model is not calibrated, or a objective needs logits and there are none.
+        StageError: if the model is not calibrated, or an objective needs logits and there are none.
         CalibrationError: if batches are missing, empty or not finite.
     """
     record_of(model, Stage.CALIBRATED)
@@ -210,6 +210,9 @@ def _search_layer(view: WeightView, bits: int, samples: list[Tensor], search: Sc
 
 def _search_product(product: QuantizedProduct, samples: list[Tensor], search: ScaleSearch) -> None:
     """Scales of both operands, one operand after the other."""
+    if product.einsum:
+        # Which axes are rows and columns is the equation's secret: the scales stay as they were calibrated.
+        return
     groups = [samples[start : start + 4] for start in range(0, len(samples), 4)]
     left, right = product.operands
     for _ in range(search.rounds):

@@ -45,7 +45,7 @@ class SoftRounding(nn.Module):
 
     def forward(self) -> Tensor:
         """The weight as it is now, ``(rows, columns)``."""
-        return self._values(self.floor + self.up())
+        return self.values(self.floor + self.up())
 
     def indecision(self, sharpness: float) -> Tensor:
         """Sum over weights of ``1 - |2 up - 1| ** sharpness``, which is 0 where all have decided (eq. 24)."""
@@ -59,5 +59,6 @@ class SoftRounding(nn.Module):
         assert quantizer is not None
         self.view.write(quantizer.keep(restore_weight(codes, self.scales), self.column, self.scales))
 
-    def _values(self, codes: Tensor) -> Tensor:
+    def values(self, codes: Tensor) -> Tensor:
+        """The weight that codes stand for, ``(rows, columns)``."""
         return restore_weight(codes.clamp(*self.bounds), self.scales) / self.column
