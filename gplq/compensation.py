@@ -17,7 +17,7 @@ from gplq.distributed import maximum
 from gplq.journal import Journal
 from gplq.layers import CompensatedBlock, LinearCompensation, WeightView
 from gplq.least_squares import AffineFit, LinearFit
-from gplq.plan import MapPlan
+from gplq.plan import MapPlan, Plan
 from gplq.progress import Progress
 from gplq.recipe import Recipe
 from gplq.record import record_of, weight_views
@@ -74,7 +74,7 @@ def compensate(
         return
     views = list(_rounded_views(model))
     if recipe.compensation == 'ridge':
-        views = _last_of_blocks(views, record_of(model).plan.blocks)
+        views = _last_of_blocks(views, record_of(model).plan)
     if recipe.compensation == 'erq':
         views = [(plan, view) for plan, view in views if not isinstance(view.owner, nn.Conv2d)]
     for _, view in progress(views, recipe.compensation):
@@ -206,13 +206,11 @@ def _view(model: nn.Module, name: str) -> WeightView:
     return next(view for _, view in weight_views(model) if view.name == name)
 
 
-def _last_of_blocks(
-    views: list[tuple[MapPlan, WeightView]], blocks: tuple[str, ...]
-) -> list[tuple[MapPlan, WeightView]]:
+def _last_of_blocks(views: list[tuple[MapPlan, WeightView]], whole: Plan) -> list[tuple[MapPlan, WeightView]]:
     """The last Linear that each block runs."""
     last = {}
     for plan, view in views:
-        block = next((name for name in blocks if plan.name.startswith(f'{name}.')), None)
+        block = whole.block_of(plan)
         if block is not None and not isinstance(view.owner, nn.Conv2d):
             last[block] = (plan, view)
     return list(last.values())

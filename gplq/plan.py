@@ -86,6 +86,10 @@ class Plan:
     multiheads: tuple[str, ...] = ()
     norms: tuple[tuple[str, str], ...] = ()
 
+    def block_of(self, a_map: MapPlan) -> str | None:
+        """The block that a map lies in, None outside of all."""
+        return next((name for name in self.blocks if a_map.name.startswith(f'{name}.')), None)
+
     def operands(self) -> dict[str, OperandPlan]:
         """Every quantizer by name, as ``named_quantizers`` gives them."""
         named = {f'{m.name}:{m.kind}': m.input for m in self.maps if m.input is not None}

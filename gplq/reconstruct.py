@@ -99,7 +99,7 @@ def reconstruct_blocks(
     reference = copy.deepcopy(model)
     by_block: dict[str, list[tuple[MapPlan, WeightView]]] = defaultdict(list)
     for plan, view in weight_views(model):
-        block = next((name for name in record.plan.blocks if plan.name.startswith(f'{name}.')), None)
+        block = record.plan.block_of(plan)
         if block is not None and plan.weight_bits != FLOAT_BITS and not isinstance(view.owner, nn.Conv2d):
             by_block[block].append((plan, view))
     done: set[str] = set()
@@ -191,11 +191,12 @@ def _fit(
         key = f'{names[id(view.owner)]}.{view.parameter}'
         soft[key].append(SoftRounding(view, scales, plan.weight_bits))
     roundings = [rounding for group in soft.values() for rounding in group]
+    start = [rounding.logit.detach().clone() for rounding in roundings]
 
     def run(sample: _Sample, hard: bool = False) -> Tensor:
         weights = {}
         for key, group in soft.items():
-            parts = [r.values(r.floor + (r.up() >= 0.5)) if hard else r() for r in group]
+            parts = [r.values(r.decided()) if hard else r() for r in group]
             like = block.get_parameter(key)
             weights[key] = torch.cat(parts).reshape(like.shape).to(like.dtype)
         y: Tensor = functional_call(block, weights, sample.args, sample.kwargs)
@@ -219,9 +220,8 @@ def _fit(
             block.train(training)
     if not after < before:
         # Too few iterations can leave it worse than where it began.
-        for rounding in roundings:
-            nearest = SoftRounding(rounding.view, rounding.scales, rounding.view.map.weight.spec.bits)  # type: ignore[union-attr]
-            rounding.logit.data.copy_(nearest.logit)
+        for rounding, logit in zip(roundings, start, strict=True):
+            rounding.logit.data.copy_(logit)
         after = before
     for rounding in roundings:
         rounding.settle()

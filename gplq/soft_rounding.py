@@ -47,6 +47,10 @@ class SoftRounding(nn.Module):
         """The weight as it is now, ``(rows, columns)``."""
         return self.values(self.floor + self.up())
 
+    def decided(self) -> Tensor:
+        """Codes of where each weight tends, before they are cut to the bounds."""
+        return self.floor + (self.up() >= 0.5)
+
     def indecision(self, sharpness: float) -> Tensor:
         """Sum over weights of ``1 - |2 up - 1| ** sharpness``, which is 0 where all have decided (eq. 24)."""
         return (1 - (2 * self.up() - 1).abs().pow(sharpness)).sum()
@@ -54,7 +58,7 @@ class SoftRounding(nn.Module):
     @torch.no_grad()
     def settle(self) -> None:
         """Round each weight to where it tends and write it back."""
-        codes = (self.floor + (self.up() >= 0.5)).clamp_(*self.bounds)
+        codes = self.decided().clamp_(*self.bounds)
         quantizer = self.view.map.weight
         assert quantizer is not None
         self.view.write(quantizer.keep(restore_weight(codes, self.scales), self.column, self.scales))

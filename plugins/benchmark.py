@@ -31,6 +31,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Methods without bits, and what their step is called.
+FLOATING = {'fp32': 'FP32', 'fp32_control': 'FP32 control'}
 # What every table has.
 ROW = ('fp32', 'fp32_control', 'gplq', 'rtn')
 
@@ -118,8 +120,8 @@ class Run:
     @property
     def bits_of_rows(self) -> list[tuple[str, int, int]]:
         """Name, weight bits and activation bits of each step that has rows; the last one's predictions are kept."""
-        if self.method in ('fp32', 'fp32_control'):
-            return [(self.method.upper().replace('_CONTROL', ' control'), 32, 32)]
+        if self.method in FLOATING:
+            return [(FLOATING[self.method], 32, 32)]
         both = (f'W{self.bits}A{self.bits}', self.bits, self.bits)
         return [(f'W32A{self.bits}', 32, self.bits), both] if self.method == 'gplq' else [both]
 
@@ -164,7 +166,7 @@ def plan_runs(
     slug = re.sub(r'[^\w.=-]+', '_', '_'.join(f'{key}={value}' for key, value in options.items()))
     for seed in seeds:
         for method in methods:
-            for width in bits if method not in ('fp32', 'fp32_control') else (32,):
+            for width in bits if method not in FLOATING else (32,):
                 for variant in variants if method == 'gplq' else ('',):
                     if method == 'fp32' and seed != seeds[0]:
                         continue

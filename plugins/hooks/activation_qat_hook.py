@@ -208,15 +208,19 @@ class ActivationQATHook(Hook):
         # The teacher is the FP32 model: it is copied before calibration evens out weights or switches scales on.
         self._attach(runner, model, resumed=False)
         if self.settings.recipe.quantizes:
-            calibrate(
-                model,
-                self.loader(runner, self.settings.recipe.calibration_samples),
-                forward=self.forward(model),
-                progress=logged_progress,
-            )
-            synchronize(model)
+            self.calibrate(runner, model)
         if not self.settings.trains:
             runner.logger.warning('GPLQ: iterations=0, no activation stage: this is plain post-training quantization')
+
+    def calibrate(self, runner: Runner, model: nn.Module) -> None:
+        """Set the activation quantizers, alike on every rank."""
+        calibrate(
+            model,
+            self.loader(runner, self.settings.recipe.calibration_samples),
+            forward=self.forward(model),
+            progress=logged_progress,
+        )
+        synchronize(model)
 
     def loader(self, runner: Runner, samples: int) -> DataLoader:
         """Calibration images; the same ones at every call."""

@@ -7,9 +7,7 @@ from typing import Any
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from gplq.calibrate import calibrate
-from gplq.plugins.hooks.model import model_of, synchronize, trains
-from gplq.plugins.hooks.progress import logged_progress
+from gplq.plugins.hooks.model import model_of, trains
 from gplq.plugins.hooks.randomness import seeded
 from gplq.plugins.hooks.stopwatch import Stopwatch
 from gplq.plugins.hooks.weight_ptq_hook import WeightPTQHook
@@ -33,7 +31,6 @@ class PTQ4ViTHook(WeightPTQHook):
     def __init__(self, **config: Any) -> None:
         bits = {} if 'recipe' in config else {'weight_bits': 8, 'activation_bits': 8}
         super().__init__(**{'method': 'ptq4vit', **bits, **config})
-        self._metrics: dict[str, float] = {}
         self._minutes: float | None = None
 
     def before_val(self, runner: Runner) -> None:
@@ -52,13 +49,7 @@ class PTQ4ViTHook(WeightPTQHook):
         hook = self._activations
         hook.prepare(runner, model)
         with seeded(hook.settings.seed):
-            calibrate(
-                model,
-                hook.loader(runner, hook.settings.recipe.calibration_samples),
-                forward=hook.forward(model),
-                progress=logged_progress,
-            )
-        synchronize(model)
+            hook.calibrate(runner, model)
         if hook.settings.recipe.weight_bits != 32:
             self._quantize(runner)
         clock.stop()
