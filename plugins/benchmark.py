@@ -7,15 +7,18 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gplq.plugins.hooks.report import minutes_up_to
 from gplq.plugins.results import ResultError, ResultRow, commit, file_sha256, versions
-from gplq.spec import check_bits
+from gplq.recipe import WEIGHT_STAGE_FIELDS, Recipe
 
-__all__ = ['METHODS', 'ROW', 'VARIANTS', 'Run', 'plan_runs', 'rows_of']
+__all__ = ['METHODS', 'ROW', 'VARIANTS', 'Bits', 'Run', 'bits_of', 'plan_runs', 'rows_of']
+
+# Of weights and of activations.
+Bits = tuple[int, int]
 
 TOOL = 'tools/train.py'
 HOOK = 'default_hooks.gplq.'
@@ -48,7 +51,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f'{count} iterations': {'iterations': count} for count in (1, 10, 100, 1000)},
     'scales only': {'stage.lr': 0.0},
     'nearest': {'recipe.rounding': 'nearest'},
-    **{kind: {'recipe.compensation': kind} for kind in ('qwt', 'ridge', 'affine')},
+    'reconstruct': {'recipe.rounding': 'reconstruct'},
+    **{kind: {'recipe.compensation': kind} for kind in ('qwt', 'ridge', 'affine', 'erq')},
+    "paper's weights": {
+        'recipe.weight_scheme': 'percentile',
+        'recipe.rounding': 'nearest',
+        'recipe.compensation': 'qwt',
+    },
 }
 
 # How a run measures another part of the data than its config does.
@@ -77,19 +86,21 @@ class Run:
     checkpoint: str
     split: str
     method: str
-    bits: int
+    bits: Bits
     seed: int
     variant: str
     options: tuple[tuple[str, str], ...]
     work_dir: Path
     task: str = 'detection'
+    # The run whose activation stage this one takes over, if it differs from it in the weight stage alone.
+    trained_by: Run | None = None
 
     @property
     def command(self) -> list[str]:
         """The program and its arguments; a user can paste it."""
         settings = METHODS[self.method] | VARIANTS[self.variant]
-        if self.bits != 32:
-            settings = {'weight_bits': self.bits, 'activation_bits': self.bits} | settings
+        if self.method not in FLOATING:
+            settings = dict(zip(('weight_bits', 'activation_bits'), self.bits, strict=True)) | settings
         settings['seed'] = self.seed
         if self.method != 'fp32':
             settings['validate_fp32'] = False
@@ -98,6 +109,8 @@ class Run:
         place = {'split': self.split, 'work_dir': str(self.work_dir)}
         options |= {key: value.format(**place) for key, value in SPLITS[self.task].items()}
         options |= dict(self.options)
+        if self.trained_by is not None:
+            options |= {f'{HOOK}iterations': '0', 'load_from': str(self.trained_by.stage_file)}
         pairs = [f'{key}={value}' for key, value in options.items()]
         return ['python', TOOL, self.config, '--work-dir', str(self.work_dir), '--cfg-options', *pairs]
 
@@ -118,12 +131,19 @@ class Run:
         return [sys.executable, *filled[1:]]
 
     @property
+    def stage_file(self) -> Path:
+        """The checkpoint that the activation stage leaves."""
+        return self.work_dir / f'gplq_w32a{self.bits[1]}.pth'
+
+    @property
     def bits_of_rows(self) -> list[tuple[str, int, int]]:
         """Name, weight bits and activation bits of each step that has rows; the last one's predictions are kept."""
         if self.method in FLOATING:
             return [(FLOATING[self.method], 32, 32)]
-        both = (f'W{self.bits}A{self.bits}', self.bits, self.bits)
-        return [(f'W32A{self.bits}', 32, self.bits), both] if self.method == 'gplq' else [both]
+        weights, activations = self.bits
+        both = (f'W{weights}A{activations}', weights, activations)
+        trains = self.method == 'gplq' and self.trained_by is None
+        return [(f'W32A{activations}', 32, activations), both] if trains else [both]
 
     def is_done(self, metrics: Sequence[str], sha256: str, rows: Sequence[ResultRow]) -> bool:
         """Whether ``rows`` hold every metric of each step, measured on the checkpoint of this hash."""
@@ -133,13 +153,23 @@ class Run:
         return wanted <= {(row.metric, row.weight_bits, row.activation_bits) for row in same}
 
 
+def bits_of(text: str) -> Bits:
+    """`'4'` and `'W4A4'` are both four bits for both, `'W3A4'` three for weights and four for activations.
+
+    Raises:
+        RecipeError: the text has another form, or the bits are not supported.
+    """
+    recipe = Recipe.from_string(f'w{text}a{text}' if text.isdecimal() else text)
+    return recipe.weight_bits, recipe.activation_bits
+
+
 def plan_runs(
     benchmark: str,
     config: str,
     checkpoint: str,
     split: str,
     methods: Sequence[str],
-    bits: Sequence[int],
+    bits: Sequence[Bits],
     seeds: Sequence[int],
     variants: Sequence[str],
     options: dict[str, str],
@@ -148,12 +178,46 @@ def plan_runs(
 ) -> Iterator[Run]:
     """Every run once: FP32 and its control know no bits, variants are GPLQ's, and FP32 knows no seed.
 
+    Runs of GPLQ that differ in the weight stage alone share the activation stage of the first of them.
+
     Raises:
         ResultError: if an option is one of those that the runs differ in, or that a method or variant among them sets.
-        RecipeError: if bits are not supported.
     """
-    for width in bits:
-        check_bits(width, '--bits')
+    _check_options(options, methods, variants)
+    slug = re.sub(r'[^\w.=-]+', '_', '_'.join(f'{key}={value}' for key, value in options.items()))
+    trained: dict[tuple[int, int, str], Run] = {}
+    for seed in seeds:
+        for method in methods:
+            for pair in bits if method not in FLOATING else ((32, 32),):
+                for variant in variants if method == 'gplq' else ('',):
+                    if method == 'fp32' and seed != seeds[0]:
+                        continue
+                    # The same command whatever the seeds, so that a later call finds it done.
+                    run_seed = 0 if method == 'fp32' else seed
+                    width = f'w{pair[0]}' if pair[0] == pair[1] else f'w{pair[0]}a{pair[1]}'
+                    label = re.sub(r"[ ']+", '_', variant)
+                    name = '_'.join(filter(None, (method, width, label, slug, f's{run_seed}')))
+                    run = Run(
+                        benchmark,
+                        config,
+                        checkpoint,
+                        split,
+                        method,
+                        pair,
+                        run_seed,
+                        variant,
+                        tuple(options.items()),
+                        work / split / name,
+                        task,
+                    )
+                    if method == 'gplq':
+                        stage = (seed, pair[1], '' if _weights_alone(variant) else variant)
+                        first = trained.setdefault(stage, run)
+                        run = run if first is run else replace(run, trained_by=first)
+                    yield run
+
+
+def _check_options(options: dict[str, str], methods: Sequence[str], variants: Sequence[str]) -> None:
     chosen = {f'--methods {name}': METHODS[name] for name in methods}
     if 'gplq' in methods:
         chosen |= {f'--variants {name!r}': VARIANTS[name] for name in variants}
@@ -163,31 +227,11 @@ def plan_runs(
         for what, settings in chosen.items():
             if key.removeprefix(HOOK) in settings:
                 raise ResultError(f'{key} is no option beside {what}, which sets it: measure them one at a time')
-    slug = re.sub(r'[^\w.=-]+', '_', '_'.join(f'{key}={value}' for key, value in options.items()))
-    for seed in seeds:
-        for method in methods:
-            for width in bits if method not in FLOATING else (32,):
-                for variant in variants if method == 'gplq' else ('',):
-                    if method == 'fp32' and seed != seeds[0]:
-                        continue
-                    # The same command whatever the seeds, so that a later call finds it done.
-                    run_seed = 0 if method == 'fp32' else seed
-                    name = '_'.join(
-                        filter(None, (method, f'w{width}', variant.replace(' ', '_'), slug, f's{run_seed}'))
-                    )
-                    yield Run(
-                        benchmark,
-                        config,
-                        checkpoint,
-                        split,
-                        method,
-                        width,
-                        run_seed,
-                        variant,
-                        tuple(options.items()),
-                        work / split / name,
-                        task,
-                    )
+
+
+def _weights_alone(variant: str) -> bool:
+    """Whether a variant leaves the activation stage as it is."""
+    return all(key.removeprefix('recipe.') in WEIGHT_STAGE_FIELDS for key in VARIANTS[variant])
 
 
 def rows_of(run: Run, metrics: Sequence[str], model: str) -> list[ResultRow]:
@@ -202,6 +246,10 @@ def rows_of(run: Run, metrics: Sequence[str], model: str) -> list[ResultRow]:
     noted = json.loads(record.read_text())
     steps = {step['step']: step for step in noted}
     rows = []
+    before = 0.0
+    if run.trained_by is not None:
+        stage = json.loads((run.trained_by.work_dir / 'gplq.json').read_text())
+        before = minutes_up_to(stage, f'W32A{run.bits[1]}')
     for name, weight_bits, activation_bits in run.bits_of_rows:
         if name not in steps:
             raise ResultError(f'{record} has no step {name}: the run failed, its log is in {run.work_dir}')
@@ -225,13 +273,14 @@ def rows_of(run: Run, metrics: Sequence[str], model: str) -> list[ResultRow]:
                     seed=run.seed,
                     metric=metric,
                     value=values[metric],
-                    minutes=minutes_up_to(noted, name),
+                    minutes=before + minutes_up_to(noted, name),
                     peak_memory_mb=step['peak_memory_mb'],
                     artifact_bytes=step['model_bytes'],
                     command=run.text,
                     commit=commit(),
                     versions=versions(),
                     variant=run.label,
+                    calibration_samples=step.get('calibration_samples'),
                 )
             )
     return rows

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ class ResultRow:
 
     `method` is `fp32`, `fp32_control`, `rtn`, `gplq` or a peer's name. Floating-point weights have 32 bits:
     W32A4 is `weight_bits=32, activation_bits=4`. `effective_bits` counts 8-bit sites and compensation too.
-    `variant` tells apart runs that differ in a setting, such as 'no mimicking'. A metric that ends in one of `BOUNDS`
+    `variant` tells apart runs that differ in a setting, such as 'no mimicking'; `calibration_samples` are the images
+    that quantizers and weights were set on. A metric that ends in one of `BOUNDS`
     is a bound of the interval of its difference from FP32, which may be negative.
 
     Raises:
@@ -93,6 +94,7 @@ class ResultRow:
     commit: str
     versions: dict[str, str] = field(hash=False)
     variant: str = ''
+    calibration_samples: int | None = None
 
     def __post_init__(self) -> None:
         for name in ('benchmark', 'split', 'model', 'method', 'metric', 'command', 'commit'):
@@ -116,8 +118,9 @@ class ResultRow:
         for name in ('effective_bits', 'minutes', 'peak_memory_mb'):
             number = getattr(self, name)
             self._require(name, number is None or (_is_finite(number) and number >= 0), 'give a number, or None')
-        size = self.artifact_bytes
-        self._require('artifact_bytes', size is None or (_is_int(size) and size > 0), 'give a number, or None')
+        for name in ('artifact_bytes', 'calibration_samples'):
+            count = getattr(self, name)
+            self._require(name, count is None or (_is_int(count) and count > 0), 'give a number, or None')
         texts = isinstance(self.versions, dict) and all(
             isinstance(k, str) and isinstance(v, str) for k, v in self.versions.items()
         )
@@ -160,6 +163,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[ResultRow]:
         ResultError: a line is no row; the message names file, line and field.
     """
     names = {f.name for f in fields(ResultRow)}
+    optional = {f.name for f in fields(ResultRow) if f.default is not MISSING}
     rows = []
     for number, line in enumerate(Path(path).read_text(encoding='utf-8').splitlines(), start=1):
         if not line.strip():
@@ -168,7 +172,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[ResultRow]:
             values: Any = json.loads(line)
             if not isinstance(values, dict):
                 raise ResultError('result row: not an object')
-            missing = sorted(names - set(values) - {'variant'})
+            missing = sorted(names - set(values) - optional)
             foreign = sorted(set(values) - names)
             if missing or foreign:
                 raise ResultError(f'result row: missing {missing}, unknown {foreign}')

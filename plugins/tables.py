@@ -23,6 +23,7 @@ EXTRA = {
     'minutes': ('minutes', '{:.1f}', 1),
     'peak_memory_mb': ('peak memory, MB', '{:.0f}', 1),
     'artifact_bytes': ('artifact, MB', '{:.2f}', 1e6),
+    'calibration_samples': ('calibration images', '{:.0f}', 1),
 }
 INTERVAL = 'interval'
 

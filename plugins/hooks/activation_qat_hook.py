@@ -224,7 +224,9 @@ class ActivationQATHook(Hook):
 
     def loader(self, runner: Runner, samples: int) -> DataLoader:
         """Calibration images; the same ones at every call."""
-        return calibration_loader(runner, self.settings, samples)
+        loader = calibration_loader(runner, self.settings, samples)
+        self.report.saw(loader, samples)
+        return loader
 
     def forward(self, model: nn.Module) -> Any:
         """What calibration runs: the part, or the whole model where targets reach beyond it."""
@@ -240,7 +242,8 @@ class ActivationQATHook(Hook):
             self._teacher = self._resumed['teacher']
             mimicking = resume_mimicking(runner, self.settings, self._teacher)
         else:
-            mimicking = make_mimicking(runner, self.settings, self.loader(runner, self.settings.stage.pca_samples))
+            images = calibration_loader(runner, self.settings, self.settings.stage.pca_samples)
+            mimicking = make_mimicking(runner, self.settings, images)
             self._teacher = teacher_hash(runner)
         self._attached.enter_context(mimicking.attached())
         if self.settings.label_free:

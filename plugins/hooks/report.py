@@ -10,6 +10,7 @@ import torch
 from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from gplq.files import write_bytes_atomically
 from gplq.plugins.hooks.model import model_of
@@ -47,12 +48,18 @@ class Report:
     def __init__(self, settings: HookSettings) -> None:
         self.settings = settings
         self.steps: list[dict[str, Any]] = []
+        self._samples: int | None = None
 
     def resume(self, runner: Runner) -> None:
         """Go on with the steps that the interrupted run reported."""
         path = Path(runner.work_dir) / FILE
         if path.is_file():
             self.steps = json.loads(path.read_text())
+
+    def saw(self, loader: DataLoader, samples: int) -> None:
+        """Note how many images calibration has, of all ranks together."""
+        subset: Any = loader.dataset
+        self._samples = max(self._samples or 0, min(samples, len(subset.dataset)))
 
     def add(self, runner: Runner, step: str, metrics: dict[str, float], minutes: float, **files: str) -> None:
         """Log a step and keep it.
@@ -71,8 +78,11 @@ class Report:
         cost = {'minutes': minutes, 'peak_memory_mb': peak_memory_mb()}
         # A run that was resumed behind the step measures it again.
         self.steps = [earlier for earlier in self.steps if earlier['step'] != step]
-        scope = 'backbone' if self.settings.inside_part else 'detector'
-        self.steps.append({'step': step, 'metrics': metrics, 'scope': scope, **cost, **size, **files})
+        seen = {
+            'scope': 'backbone' if self.settings.inside_part else 'detector',
+            'calibration_samples': self._samples,
+        }
+        self.steps.append({'step': step, 'metrics': metrics, **seen, **cost, **size, **files})
         if is_main_process():
             path = Path(runner.work_dir) / FILE
             write_bytes_atomically(path, json.dumps(self.steps, indent=1).encode())

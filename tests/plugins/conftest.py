@@ -23,7 +23,7 @@ def make_runs(tmp_path: Path) -> Callable[..., list[Run]]:
                 str(checkpoint),
                 'dev',
                 methods,
-                bits,
+                [(width, width) if isinstance(width, int) else width for width in bits],
                 seeds,
                 variants,
                 options or {},

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from gplq.errors import RecipeError
-from gplq.plugins.benchmark import METHODS, ROW, Run, rows_of
+from gplq.plugins.benchmark import METHODS, ROW, Run, bits_of, rows_of
 from gplq.plugins.results import ResultError
 
 STEP = dict(effective_bits=3.1, model_bytes=100, peak_memory_mb=7.0, scope='backbone')
@@ -163,6 +163,39 @@ def test_options_that_would_undo_a_method_or_variant_are_refused(
     make_runs(['gplq'], [3], [0], [''], options)
 
 
-def test_bits_are_checked_before_anything_runs(make_runs: Callable[..., list[Run]]) -> None:
-    with pytest.raises(RecipeError, match='--bits=9 is not supported'):
-        make_runs(bits=(4, 9))
+def test_bits_are_one_number_or_two() -> None:
+    assert (bits_of('4'), bits_of('W3A4'), bits_of('w8a2')) == ((4, 4), (3, 4), (8, 2))
+    for text in ('9', 'W4', 'four'):
+        with pytest.raises(RecipeError):
+            bits_of(text)
+
+
+def test_runs_that_differ_in_the_weight_stage_share_an_activation_stage(make_runs: Callable[..., list[Run]]) -> None:
+    runs = make_runs(['gplq'], [(4, 4), (2, 4), (3, 3)], [0, 1], ['', 'qwt', 'folded'])
+    trained_by = {(run.bits, run.seed, run.variant): run.trained_by for run in runs}
+    first = next(run for run in runs if (run.bits, run.seed, run.variant) == ((4, 4), 1, ''))
+    assert trained_by[(4, 4), 1, 'qwt'] == trained_by[(2, 4), 1, ''] == trained_by[(2, 4), 1, 'qwt'] == first
+    # Another seed, other activation bits or other activation quantizers have a stage of their own.
+    assert [key for key, parent in trained_by.items() if parent is None] == [
+        key
+        for seed in (0, 1)
+        for key in (((4, 4), seed, ''), ((4, 4), seed, 'folded'), ((3, 3), seed, ''), ((3, 3), seed, 'folded'))
+    ]
+    second = next(run for run in runs if (run.bits, run.seed, run.variant) == ((2, 4), 1, ''))
+    options = dict(part.split('=', 1) for part in second.command[second.command.index('--cfg-options') + 1 :])
+    assert options['load_from'] == str(first.work_dir / 'gplq_w32a4.pth')
+    assert options['default_hooks.gplq.iterations'] == '0'
+    assert second.bits_of_rows == [('W2A4', 2, 4)]
+
+
+def test_a_shared_activation_stage_counts_in_the_minutes_of_each(make_runs: Callable[..., list[Run]]) -> None:
+    first, second = make_runs(['gplq'], [(4, 4), (2, 4)], [0], [''])
+    for run, steps in (
+        (first, {'W32A4': 2.0, 'W4A4': 0.5}),
+        # The checkpoint brings calibrated activations, whose measuring takes no minutes.
+        (second, {'W32A4': 0.0, 'W2A4': 0.25}),
+    ):
+        run.work_dir.mkdir(parents=True)
+        noted = [dict(STEP, step=name, metrics={'top1': 1.0}, minutes=spent) for name, spent in steps.items()]
+        (run.work_dir / 'gplq.json').write_text(json.dumps(noted))
+    assert [row.minutes for row in rows_of(second, ['top1'], 'vit')] == [2.25]

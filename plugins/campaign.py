@@ -1,0 +1,103 @@
+"""Carrying out the runs of a benchmark one after the other; what has been measured is not measured again."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.utils import ProgressBar, track_iter_progress
+
+from gplq.plugins.benchmark import Run, rows_of
+from gplq.plugins.comparison import Comparison
+from gplq.plugins.results import ResultError, append_row, file_sha256, read_rows
+
+__all__ = ['carry_out', 'metrics_of', 'model_of_config', 'task_of']
+
+
+def task_of(config: str) -> str:
+    """Classification where the data set has splits by name, else detection.
+
+    Raises:
+        ResultError: there is no such config, or it validates nothing.
+    """
+    if not Path(config).is_file():
+        raise ResultError(f'config {config} does not exist')
+    loader = Config.fromfile(config).get('val_dataloader')
+    if not loader:
+        raise ResultError(f'{config} has no val_dataloader, on whose data the figures are measured')
+    return 'classification' if 'split' in loader.dataset else 'detection'
+
+
+def metrics_of(task: str) -> list[str]:
+    """What is measured where nothing is said."""
+    return ['bbox_mAP' if task == 'detection' else 'top1']
+
+
+def model_of_config(config: str, benchmark: str) -> str:
+    """The model's name in the rows."""
+    return Path(config).stem.removeprefix('gplq_').removesuffix(f'_{benchmark}')
+
+
+def carry_out(runs: Sequence[Run], metrics: Sequence[str], data_root: str, output: Path) -> None:
+    """Make the runs whose rows are not in ``output``, then the intervals of their differences from FP32.
+
+    Raises:
+        ResultError: a run failed; the message has its last words and the place of its log.
+    """
+    checkpoint = runs[0].checkpoint
+    if not Path(checkpoint).is_file():
+        raise ResultError(f'checkpoint {checkpoint} does not exist')
+    sha256 = file_sha256(checkpoint)
+    known = read_rows(output) if output.is_file() else []
+    waiting = [run for run in runs if not run.is_done(metrics, sha256, known)]
+    # An activation stage that others go on with may have been measured and its checkpoint deleted since.
+    lost = [run.trained_by for run in waiting if run.trained_by and not run.trained_by.stage_file.is_file()]
+    waiting = [run for run in runs if run in waiting or run in lost]
+    print(f'{len(runs)} runs, {len(runs) - len(waiting)} of them done already; rows: {output}')
+    bar = ProgressBar(len(waiting)) if waiting else None
+    for number, run in enumerate(waiting, start=1):
+        print(f'\n[{number}/{len(waiting)}] {run.text}', flush=True)
+        _train(run, data_root)
+        again = run.is_done(metrics, sha256, known)
+        for row in rows_of(run, metrics, model_of_config(run.config, run.benchmark)):
+            if not again:
+                append_row(output, row)
+            print(f'W{row.weight_bits}A{row.activation_bits} {row.metric} {row.value:.4f}')
+        assert bar is not None
+        bar.update()
+    if bar is not None:
+        print()
+    _add_intervals(runs, metrics, data_root, sha256, output)
+
+
+def _train(run: Run, data_root: str) -> None:
+    run.work_dir.mkdir(parents=True, exist_ok=True)
+    log = run.work_dir / 'log.txt'
+    with log.open('w') as file:
+        done = subprocess.run(run.arguments(data_root), stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        reasons = re.findall(r'^(?:error: .*|\w*Error: .*)', log.read_text(), re.MULTILINE)
+        raise ResultError(f'failed: {reasons[-1] if reasons else "no reason given"}\nsee {log}')
+
+
+def _add_intervals(runs: Sequence[Run], metrics: Sequence[str], data_root: str, sha256: str, output: Path) -> None:
+    """Compare each run's predictions with FP32's, unless its rows are there."""
+    references = [run for run in runs if run.method == 'fp32']
+    if not references:
+        return
+    pairs = [Comparison(run, references[0], metric) for run in runs if run.method != 'fp32' for metric in metrics]
+    pairs = [pair for pair in pairs if pair.files is not None]
+    rows = [row for row in read_rows(output) if row.checkpoint_sha256 == sha256]
+    done = {row.command for row in rows}
+    figures = {(row.command, row.metric, row.weight_bits): row for row in rows}
+    waiting = [pair for pair in pairs if pair.text not in done]
+    if waiting:
+        print(f'\n{len(waiting)} intervals')
+    for pair in track_iter_progress(waiting) if waiting else ():
+        _, weight_bits, _ = pair.run.bits_of_rows[-1]
+        known = figures[pair.fp32.text, pair.metric, 32], figures[pair.run.text, pair.metric, weight_bits]
+        for row in pair.rows(pair.measure(data_root), *known):
+            append_row(output, row)

@@ -1,0 +1,107 @@
+"""Runs one after the other, through a program that stands in for tools/train.py and notes what it was called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gplq.plugins.benchmark import Run
+from gplq.plugins.campaign import carry_out, model_of_config, task_of
+from gplq.plugins.results import ResultError, read_rows
+
+TRAIN = """
+import json, pathlib, sys
+options = dict(part.split('=', 1) for part in sys.argv[sys.argv.index('--cfg-options') + 1:])
+work = pathlib.Path(sys.argv[sys.argv.index('--work-dir') + 1])
+weights, activations = (options.get(f'default_hooks.gplq.{kind}_bits') for kind in ('weight', 'activation'))
+start = pathlib.Path(options['load_from'])
+if not start.is_file():
+    sys.exit(f'error: checkpoint {start} does not exist')
+if options['default_hooks.gplq.seed'] == '9':
+    sys.exit('ValueError: nine')
+steps = ['FP32'] if weights == '32' else [f'W32A{activations}', f'W{weights}A{activations}']
+cost = dict(minutes=1.0, effective_bits=4.0, model_bytes=9, peak_memory_mb=7.0)
+note = dict(cost, metrics={'top1': 50.0}, scope='backbone')
+(work / 'gplq.json').write_text(json.dumps([dict(note, step=step, calibration_samples=8) for step in steps]))
+(work / f'gplq_w32a{activations}.pth').write_text('stage')
+with open('calls.txt', 'a') as calls:
+    calls.write(work.name + '\\n')
+"""
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    monkeypatch.chdir(tmp_path)
+    Path('tools').mkdir()
+    Path('tools/train.py').write_text(TRAIN)
+    Path('calls.txt').touch()
+    return lambda: Path('calls.txt').read_text().split()
+
+
+def test_what_is_measured_is_not_measured_again(
+    calls: Callable[[], list[str]], make_runs: Callable[..., list[Run]]
+) -> None:
+    output = Path('rows.jsonl')
+    plan = lambda bits: make_runs(['fp32', 'rtn', 'gplq'], bits, [0], [''], task='classification')  # noqa: E731
+    carry_out(plan([4]), ['top1'], '/data', output)
+    assert calls() == ['fp32_w32_s0', 'rtn_w4_s0', 'gplq_w4_s0']
+    carry_out(plan([4, (3, 4)]), ['top1'], '/data', output)
+    assert calls()[3:] == ['rtn_w3a4_s0', 'gplq_w3a4_s0']
+    rows = read_rows(output)
+    assert [(r.method, r.weight_bits, r.activation_bits, r.minutes) for r in rows] == [
+        ('fp32', 32, 32, 1.0),
+        ('rtn', 4, 4, 2.0),
+        ('gplq', 32, 4, 1.0),
+        ('gplq', 4, 4, 2.0),
+        ('rtn', 3, 4, 2.0),
+        # One minute of the stage that it shares, and two of its own.
+        ('gplq', 3, 4, 3.0),
+    ]
+    assert {row.calibration_samples for row in rows} == {8}
+
+
+def test_a_stage_whose_checkpoint_is_gone_is_trained_again_without_rows_of_its_own(
+    calls: Callable[[], list[str]], make_runs: Callable[..., list[Run]]
+) -> None:
+    output = Path('rows.jsonl')
+    first, *_ = make_runs(['gplq'], [4], [0], [''], task='classification')
+    carry_out([first], ['top1'], '/data', output)
+    first.stage_file.unlink()
+    carry_out(make_runs(['gplq'], [4, (2, 4)], [0], [''], task='classification'), ['top1'], '/data', output)
+    assert calls() == ['gplq_w4_s0', 'gplq_w4_s0', 'gplq_w2a4_s0']
+    assert [(row.weight_bits, row.metric) for row in read_rows(output)] == [(32, 'top1'), (4, 'top1'), (2, 'top1')]
+
+
+def test_a_failed_run_says_why_and_keeps_the_rows_so_far(
+    calls: Callable[[], list[str]], make_runs: Callable[..., list[Run]]
+) -> None:
+    output = Path('rows.jsonl')
+    with pytest.raises(ResultError, match=r'failed: ValueError: nine\nsee .*rtn_w4_s9/log.txt'):
+        carry_out(make_runs(['rtn'], [4], [0, 9], [''], task='classification'), ['top1'], '/data', output)
+    assert len(read_rows(output)) == 1
+
+
+def test_a_missing_checkpoint_is_found_before_anything_runs(
+    calls: Callable[[], list[str]], make_runs: Callable[..., list[Run]]
+) -> None:
+    runs = make_runs(['rtn'], [4], [0], [''])
+    Path(runs[0].checkpoint).unlink()
+    with pytest.raises(ResultError, match=r'checkpoint .*fp32.pth does not exist'):
+        carry_out(runs, ['top1'], '/data', Path('rows.jsonl'))
+    assert calls() == []
+
+
+def test_task_and_model_are_read_from_the_config(tmp_path: Path) -> None:
+    config = tmp_path / 'gplq_vit_cells.py'
+    config.write_text("val_dataloader = dict(dataset=dict(split='dev'))")
+    assert task_of(str(config)) == 'classification'
+    config.write_text('val_dataloader = dict(dataset=dict())')
+    assert task_of(str(config)) == 'detection'
+    assert model_of_config(str(config), 'cells') == 'vit'
+    config.write_text('')
+    with pytest.raises(ResultError, match='has no val_dataloader'):
+        task_of(str(config))
+    with pytest.raises(ResultError, match='does not exist'):
+        task_of(str(tmp_path / 'other.py'))
