@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ['ActivationQATHook', 'GPLQHook', 'PTQ4ViTHook', 'WeightPTQHook']
+__all__ = ['ActivationQATHook', 'FeatureDistillationHook', 'GPLQHook', 'PTQ4ViTHook', 'WeightPTQHook']
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,111 @@
+"""Another model's features as a second aim of training."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, MODELS
+from mmengine.runner import Runner
+from torch import nn
+
+from gplq.errors import CheckpointError, RecipeError, TargetError
+from gplq.feature_distance import feature_distance
+from gplq.mimicking import FeatureTap
+from gplq.plugins.hooks.checkpoints import read_checkpoint, tensors_of
+from gplq.plugins.hooks.model import model_of
+
+__all__ = ['FeatureDistillationHook']
+
+
+@HOOKS.register_module()
+class FeatureDistillationHook(Hook):
+    """Adds the distance from a teacher's features to the losses of a model in training.
+
+    A plain ViT learns slowly from a few hundred images, a convolutional network does not; its features tell the ViT
+    where to look (DeiT's hard distillation has the same reason, Touvron et al. 2021). The features are what
+    `extract_feat` gives, in mmdet the neck's maps: they have to be of the same shapes in both, the models behind them
+    do not.
+
+    Example:
+        >>> custom_hooks = [
+        ...     dict(
+        ...         type='gplq.plugins.FeatureDistillationHook',
+        ...         config='configs/mask_rcnn_r50_nuclei.py',
+        ...         checkpoint='work_dirs/mask_rcnn_r50_nuclei/epoch_40.pth',
+        ...     )
+        ... ]
+
+    Args:
+        config: the teacher's config.
+        checkpoint: its weights; read without executing anything in the file.
+        weight: factor of the distance (:func:`gplq.feature_distance.feature_distance`).
+    """
+
+    def __init__(self, config: str, checkpoint: str, weight: float = 4.0) -> None:
+        if not weight > 0:
+            raise RecipeError(f'FeatureDistillationHook: weight={weight} must be above 0, or leave the hook out')
+        self.config = config
+        self.checkpoint = checkpoint
+        self.weight = weight
+        self._teacher: nn.Module | None = None
+        self._attached = ExitStack()
+
+    def before_run(self, runner: Runner) -> None:
+        # Before anything is trained, so that a missing file costs nothing.
+        self._teacher = self._read()
+
+    def _read(self) -> nn.Module:
+        if not Path(self.config).is_file():
+            raise RecipeError(f'FeatureDistillationHook: config {self.config} does not exist')
+        teacher: nn.Module = MODELS.build(Config.fromfile(self.config).model)
+        if not hasattr(teacher, 'extract_feat'):
+            raise TargetError(f'FeatureDistillationHook: {type(teacher).__name__} has no extract_feat to learn from')
+        try:
+            teacher.load_state_dict(tensors_of(read_checkpoint(self.checkpoint), self.checkpoint))
+        except RuntimeError as error:
+            # A line for each kind of difference and tensor, after one that names the class.
+            reason = str(error).splitlines()[-1].strip()[:200]
+            raise CheckpointError(
+                f'FeatureDistillationHook: {self.checkpoint} is not a checkpoint of {self.config}: {reason}'
+            ) from None
+        # Apart: some backbones' train() returns nothing.
+        teacher.eval()
+        return teacher.requires_grad_(False)
+
+    def before_train(self, runner: Runner) -> None:
+        assert self._teacher is not None
+        model = model_of(runner)
+        self._teacher.to(next(model.parameters()).device)
+        source = 'neck' if getattr(model, 'with_neck', False) else 'backbone'
+        tap = self._attached.enter_context(FeatureTap(model, source, 'output').attached())
+        handle = model.register_forward_hook(_Term(self._teacher, tap, self.weight), with_kwargs=True)
+        self._attached.callback(handle.remove)
+
+    def after_train(self, runner: Runner) -> None:
+        self._attached.close()
+        self._teacher = None
+
+
+class _Term:
+    """Adds the distance to the losses that a model returns."""
+
+    def __init__(self, teacher: nn.Module, tap: FeatureTap, weight: float) -> None:
+        self.teacher = teacher
+        self.tap = tap
+        self.weight = weight
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not (module.training and isinstance(output, dict)):
+            return output
+        with torch.no_grad():
+            target = self.teacher.extract_feat(args[0] if args else kwargs['inputs'])  # type: ignore[operator]
+        return {**output, 'loss_distillation': self.weight * feature_distance(self.tap.take(), list(target))}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Term:
+        # Belongs to the training of one model; a copy of it, such as an average, never copies the teacher.
+        return self
