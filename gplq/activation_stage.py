@@ -18,7 +18,7 @@ from gplq.errors import RecipeError, StageError, TrainingError
 from gplq.mimicking import FeatureTap, Mimicking, Reduction, fit_mimicking_loss
 from gplq.progress import Progress, no_progress
 from gplq.quantizer import Quantizer
-from gplq.record import Stage, record_of, scale_parameters
+from gplq.record import Stage, record_of, scale_parameters, weight_views
 from gplq.running_statistics import RunningStatistics
 from gplq.typecheck import check_types
 from gplq.weights import WeightQuantizer
@@ -217,6 +217,9 @@ def train_activations(
             "a teacher's PCA included: pass a DataLoader or a list"
         )
     _check_precision(model)
+    for _, view in weight_views(model):
+        if view.map.weight is not None:
+            view.map.weight.forget_proposal()
     device = next(model.parameters()).device
     groups = parameter_groups(model, stage, _steps(loader, epochs) if iterations is None else iterations)
     if not groups:

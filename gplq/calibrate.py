@@ -86,8 +86,10 @@ def calibrate(
         for site, quantizer in zip(product.sites, product.operands, strict=True):
             _settle(quantizer, settled[f'{name}:{site}'], observers[f'{name}:{site}'], samples)
     for _, view in weight_views(model):
-        if view.map.weight is not None and view.map.weight.log_scale is not None:
-            view.map.weight.start_learning(view.matrix(), view.map.column_scale)
+        if view.map.weight is not None:
+            view.map.weight.forget_proposal()
+            if view.map.weight.log_scale is not None:
+                view.map.weight.start_learning(view.matrix(), view.map.column_scale)
     record.stage = Stage.CALIBRATED
 
 

@@ -101,13 +101,18 @@ class _Source:
         number = 0
         for batch in bounded(self.batches, self.samples):
             for part in _split(batch):
-                x, y = self._run(model, watched, part)
-                _, target = self._run(reference, watched_there, part)
-                yield x, y, target, number % _HELD_OUT == _HELD_OUT - 1
+                ours = self._run(model, watched, part)
+                theirs = self._run(reference, watched_there, part)
+                # Some batches may not reach it, as a head for objects where none are.
+                if ours is not None and theirs is not None:
+                    yield *ours, theirs[1], number % _HELD_OUT == _HELD_OUT - 1
                 number += 1
 
-    def _run(self, model: nn.Module, watched: _Watched, batch: Any) -> tuple[Tensor, Tensor]:
-        with watched.running():
+    def _run(self, model: nn.Module, watched: _Watched, batch: Any) -> tuple[Tensor, Tensor] | None:
+        # What a forward pass draws, such as a sample of proposals, is drawn alike in both models.
+        devices = {p.device for p in model.parameters() if p.device.type == 'cuda'}
+        with torch.random.fork_rng(devices=devices), watched.running():
+            torch.manual_seed(0)
             try:
                 self.forward(model, batch)
             except _Reached:
@@ -123,6 +128,12 @@ class _Fits(Generic[_Fit]):
 
     def __init__(self) -> None:
         self._fits: list[_Fit] = []
+
+    def unreached(self, device: torch.device) -> bool:
+        """Whether a rank has seen nothing; the others cannot pool without it."""
+        empty = torch.tensor(float(not self._fits), device=device)
+        maximum(empty)
+        return bool(empty)
 
     def start(self, make: Callable[[], _Fit]) -> None:
         """Make both, once sizes are known."""
@@ -162,9 +173,11 @@ class _Watched:
         self._x, self._y = x, y
         raise _Reached
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        assert self._x is not None and self._y is not None
-        return self._x, self._y
+    def result(self) -> tuple[Tensor, Tensor] | None:
+        """What was seen since the last call of this."""
+        x, y = self._x, self._y
+        self._x = self._y = None
+        return None if x is None or y is None else (x, y)
 
 
 class _WatchedMap(_Watched):
@@ -238,7 +251,9 @@ def _fit_block(model: nn.Module, reference: nn.Module, name: str, source: _Sourc
         fits[held_out].add(x, target - y)
         seen = x.abs().reshape(-1, x.shape[-1]).amax(0)
         largest = seen if largest is None else torch.maximum(largest, seen)
-    assert largest is not None
+    if fits.unreached(next(model.parameters()).device) or largest is None:
+        _log.warning('%s: no batch reached it, it is not compensated', name)
+        return None
     maximum(largest)
     train, judge = fits.pooled()
     best, chosen = 0.0, None
@@ -272,6 +287,9 @@ def _absorb_affine(
             y, target = y.movedim(1, -1), target.movedim(1, -1)
         fits.start(partial(AffineFit, y.shape[-1], y.device))
         fits[held_out].add(y, target)
+    if fits.unreached(view.matrix().device):
+        _log.warning('%s: no batch reached it, it is not compensated', view.name)
+        return
     train, judge = fits.pooled()
     gain, shift = train.solve()
     bias = view.bias_vector()
@@ -308,6 +326,9 @@ def _refit(
         unrounded = y + (x.reshape(-1, x.shape[-1]) @ (original - rounded).t()).reshape(y.shape)
         fits[held_out].add(x, target - (unrounded - view.map.bias_correction))
         statistics.add(x)
+    if fits.unreached(view.matrix().device):
+        _log.warning('%s: no batch reached it, it is not compensated', view.name)
+        return
     statistics.pool()
     train, judge = fits.pooled()
     best, matrix, shift = 0.0, original, torch.zeros_like(original[:, 0])

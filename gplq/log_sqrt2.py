@@ -22,8 +22,9 @@ def log_sqrt2_levels(bits: int) -> int:
 def log_sqrt2_parts(x: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Powers of two of both kinds, at most one of which is not zero: ``scale * (even + sqrt(2) * odd)``.
 
-    ``x >= 0`` is rounded to the nearest power of the root of two, in the logarithm, or to zero below half an octave
-    under the smallest. An even power is a shift by itself, an odd one a shift and one factor for all of them.
+    ``x >= 0`` is rounded to the nearest power of the root of two, in the logarithm, or to zero more than a
+    quarter of an octave under the smallest. An even power is a shift by itself, an odd one a shift and one factor for
+    all of them.
 
     Args:
         x: any shape, not negative.

@@ -295,11 +295,12 @@ class _Planner:
     def _projections(self, name: str, module: nn.MultiheadAttention, made: list[LinearCall]) -> list[MapPlan]:
         widths = {'query': module.embed_dim, 'key': module.kdim, 'value': module.vdim}
         share = sum(call.multiplications for call in made) // 3
+        normed = all(call.norm for call in made)
         return [
             MapPlan(
                 name=name,
                 kind=kind,
-                input=self._linear_input('linear_input', self.recipe.activation_bits, int(columns or 0)),
+                input=self._linear_input('linear_input', self.recipe.activation_bits, int(columns or 0), normed=normed),
                 weight_bits=self.recipe.weight_bits,
                 rows=module.embed_dim,
                 multiplications=share,

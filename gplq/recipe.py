@@ -112,6 +112,8 @@ class Recipe:
             raise RecipeError(
                 "train_weights=True settles the weights: set compensation='none' and a symmetric weight_scheme"
             )
+        if self.train_weights and self.rounding == 'reconstruct':
+            raise RecipeError("train_weights=True learns the weights' rounding already: set rounding='nearest'")
         if not self.fold and self.compensation != 'none':
             raise RecipeError("fold=False is an ablation of the plain weight stage: set compensation='none'")
 

@@ -12,10 +12,12 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
 from gplq.batches import Forward, bounded
-from gplq.errors import RecipeError
+from gplq.errors import RecipeError, StageError
 from gplq.layers import WeightView
 from gplq.objectives import perturbed_kl
 from gplq.plan import MapPlan
@@ -94,6 +96,9 @@ def reconstruct_blocks(
 
     Returns:
         Names of the weights that were rounded; the others are still to be.
+
+    Raises:
+        StageError: if a block has no gradient because it overwrites its tensors in place.
     """
     record = record_of(model)
     reference = copy.deepcopy(model)
@@ -105,8 +110,16 @@ def reconstruct_blocks(
     done: set[str] = set()
     samples = record.plan.recipe.calibration_samples
     for name in progress(list(by_block), 'reconstruct blocks'):
-        found = _collect(model, reference, name, batches, samples, settings, forward)
-        before, after = _fit(model.get_submodule(name), by_block[name], found, settings, record.plan.recipe)
+        try:
+            found = _collect(model, reference, name, batches, samples, settings, forward)
+            before, after = _fit(model.get_submodule(name), by_block[name], found, settings, record.plan.recipe)
+        except RuntimeError as error:
+            if 'inplace operation' not in str(error):
+                raise
+            raise StageError(
+                f'{name} or what follows it overwrites a tensor in place that its gradient needs (such as x += …), so '
+                "nothing can be learned through it: set rounding='feedback'"
+            ) from error
         _log.info('%s: error of the output %.3g as rounded to nearest, %.3g as learned', name, before, after)
         done |= {view.name for _, view in by_block[name]}
     return frozenset(done)
@@ -128,7 +141,7 @@ def _collect(
             with _target_mode(reference, settings):
                 target, importance = _target(reference, name, batch, forward, generator)
         with evaluating(model):
-            args, kwargs, _ = _seen(model, name, lambda batch=batch: forward(model, batch))  # type: ignore[misc]
+            args, kwargs, _, _ = _seen(model, name, lambda batch=batch: forward(model, batch))  # type: ignore[misc]
         found.append(_Sample(args, kwargs, target, importance))
     return found
 
@@ -148,28 +161,54 @@ def _target(
     """A block's output, and the mean size of the slope there over the batch."""
     outputs: list[Any] = []
     with torch.enable_grad():
-        _, _, y = _seen(reference, name, lambda: outputs.append(forward(reference, batch)))
+        _, _, y, edge = _seen(reference, name, lambda: outputs.append(forward(reference, batch)))
         logits = outputs[0]
-        if not (isinstance(logits, Tensor) and logits.dim() == 2 and logits.requires_grad and y.requires_grad):
-            return y.detach(), None
-        (slope,) = torch.autograd.grad(perturbed_kl(logits, generator), y)
+        # A single logit has no divergence.
+        several = isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] > 1
+        if not several or edge is None or not logits.requires_grad:
+            return y, None
+        (slope,) = torch.autograd.grad(perturbed_kl(logits, generator), [edge])
     importance = slope.abs().mean(dim=0, keepdim=True)
-    return y.detach(), importance / importance.mean().clamp(min=torch.finfo(importance.dtype).tiny)
+    largest = importance.max()
+    if not (bool(torch.isfinite(largest)) and float(largest) > 0):
+        return y, None
+    return y, importance / importance.mean()
 
 
-def _seen(model: nn.Module, name: str, run: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
-    seen: list[tuple[Any, ...]] = []
+def _seen(
+    model: nn.Module, name: str, run: Callable[[], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], Tensor, GradientEdge | None]:
+    """Arguments and output of a block's first call, and where the output's gradient passes.
 
-    def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        seen.append((args, kwargs, output))
+    Copies: blocks may add to their input, or the next one to this one's output, in place.
+    """
+    arguments: list[tuple[Any, Any]] = []
+    outputs: list[tuple[Tensor, GradientEdge | None]] = []
 
-    handle = model.get_submodule(name).register_forward_hook(look, with_kwargs=True)
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not arguments:
+            arguments.append((_copied(args), _copied(kwargs)))
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not outputs:
+            edge = get_gradient_edge(output) if output.requires_grad else None
+            outputs.append((output.detach().clone(), edge))
+
+    block = model.get_submodule(name)
+    handles = [
+        block.register_forward_pre_hook(before, with_kwargs=True),
+        block.register_forward_hook(after, with_kwargs=True),
+    ]
     try:
         run()
     finally:
-        handle.remove()
-    args, kwargs, output = seen[0]
-    return args, kwargs, output
+        for handle in handles:
+            handle.remove()
+    return *arguments[0], *outputs[0]
+
+
+def _copied(value: Any) -> Any:
+    return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, value)
 
 
 def _fit(
@@ -199,14 +238,15 @@ def _fit(
             parts = [r.values(r.decided()) if hard else r() for r in group]
             like = block.get_parameter(key)
             weights[key] = torch.cat(parts).reshape(like.shape).to(like.dtype)
-        y: Tensor = functional_call(block, weights, sample.args, sample.kwargs)
+        y: Tensor = functional_call(block, weights, _copied(sample.args), _copied(sample.kwargs))
         return y
 
     def error(sample: _Sample, hard: bool = False) -> Tensor:
         squares = (run(sample, hard) - sample.target).float().square()
         return (squares if sample.importance is None else squares * sample.importance).mean()
 
-    with torch.random.fork_rng(devices=[]):
+    devices = {p.device for p in block.parameters() if p.device.type == 'cuda'}
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(settings.seed)
         training = block.training
         block.eval()

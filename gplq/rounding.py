@@ -81,6 +81,10 @@ def round_view(
         values = restore_weight(round_weight(folded, scales, bits), scales)
     rounded = quantizer.keep(values, column_scale, scales)
     view.write(rounded)
+    if view.matrix().dtype != torch.float32:
+        # Few digits can make a large code the next one; what that stands for is its own nearest.
+        rounded = quantizer.restore(quantizer.codes(view.matrix(), column_scale), column_scale)
+        view.write(rounded)
     # Training has seen the rounded weight already.
     mean = None if learned else _mean(view, statistics, exact)
     if mean is not None:
@@ -89,9 +93,15 @@ def round_view(
 
 
 def _mean(view: WeightView, statistics: ColumnStatistics | None, exact: Tensor) -> Tensor | None:
-    """Mean input, or the input's offset where nothing else is known."""
+    """Mean input, or what is known of it without statistics.
+
+    That is how far a channel's offset is from the mean offset (RepQ-ViT eq. 10: its share is computed with the weight
+    before rounding). The mean offset itself is left out: codes are counted from it, and inputs lie around zero, not
+    around their smallest value.
+    """
     if statistics is not None:
         return statistics.mean
     if view.map.input is None or view.map.input.offset is None:
         return None
-    return (view.map.input.scale * view.map.input.offset).detach().expand(exact.shape[1])
+    offset = view.map.input.offset.detach()
+    return (view.map.input.scale.detach() * (offset - offset.mean())).expand(exact.shape[1])

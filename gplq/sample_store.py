@@ -23,7 +23,7 @@ class SampleStore:
     def __init__(self, megabytes: float, folder: str | None = None) -> None:
         self._left = megabytes * 2**20
         self._kept: dict[str, list[Tensor]] = {}
-        self._files: dict[str, list[Path]] = {}
+        self._files: dict[str, list[tuple[Path, str]]] = {}
         self._written = 0
         self._folder = tempfile.TemporaryDirectory(prefix='gplq_samples_', dir=folder)
 
@@ -54,14 +54,14 @@ class SampleStore:
         path = Path(self._folder.name, f'{self._written}.safetensors')
         self._written += 1
         save_file({str(index): t.contiguous() for index, t in enumerate(tensors)}, path)
-        files.append(path)
+        files.append((path, str(tensors[0].device)))
 
     def take(self, name: str) -> list[Tensor]:
         """Every tensor of a name in the order in which they came; their memory and files are given up."""
         tensors = self._kept.pop(name, [])
         self._left += sum(t.numel() * t.element_size() for t in tensors)
-        for path in self._files.pop(name, []):
-            stored = load_file(path)
+        for path, device in self._files.pop(name, []):
+            stored = load_file(path, device=device)
             tensors = tensors + [stored[str(index)] for index in range(len(stored))]
             path.unlink()
         return tensors

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_type_hints
@@ -29,6 +30,8 @@ from gplq.typecheck import check_types
 from gplq.weights import WeightScales, choose_weight_scales, restore_weight, round_weight
 
 __all__ = ['ScaleSearch', 'search_scales']
+
+_log = logging.getLogger(__name__)
 
 # Values of candidates' outputs that are worked on at once.
 _CHUNK = 1 << 23
@@ -103,6 +106,9 @@ def search_scales(
     record_of(model, Stage.CALIBRATED)
     search = search or ScaleSearch()
     batches = rereadable(batches, search.images)
+    if search.metric == 'hessian' and loss is None and search.objective == 'quantized_kl':
+        # Run twice, in the same order: a loader that shuffles would compare one image with another.
+        batches = list(bounded(batches, search.images))
     with SampleStore(search.memory_mb) as store, evaluating(model):
         if search.metric != 'hessian':
             loss = None
@@ -124,9 +130,20 @@ def search_scales(
         products = dict(named_products(model))
         for name in progress([name for name in (*layers, *products) if name in store], 'search scales'):
             if name in layers:
-                _search_layer(*layers[name], store.take(name), search)
+                _search_layer(*layers.pop(name), store.take(name), search)
             else:
                 _search_product(products[name], store.take(name), search)
+        for view, bits in layers.values():
+            _propose_unseen(view, bits)
+
+
+def _propose_unseen(view: WeightView, bits: int) -> None:
+    """Scales of least squared error for a weight that these images did not reach; convolutions have them anyway."""
+    if view.map.weight is None or bits == FLOAT_BITS or isinstance(view.owner, nn.Conv2d):
+        return
+    _log.warning('%s: no image of the search reached it, its scales are those of least squared error', view.name)
+    exact = view.matrix().float() * view.map.column_scale
+    view.map.weight.propose(choose_weight_scales(exact, bits, 'mse').scale)
 
 
 def _objective(
@@ -136,7 +153,6 @@ def _objective(
     generator = torch.Generator().manual_seed(0)
     if search.objective == 'quantized_kl':
         with _rounded(model), torch.no_grad():
-            # Batches come in the same order again.
             targets = iter([_logits(forward(model, batch)) for batch in bounded(batches, search.images)])
         return lambda model, batch: quantized_kl(_logits(forward(model, batch)), next(targets))
     of_logits = fisher if search.objective == 'fisher' else perturbed_kl
@@ -176,11 +192,11 @@ def _round(matrix: Tensor, column: Tensor, scales: WeightScales, bits: int) -> T
 
 def _search_layer(view: WeightView, bits: int, samples: list[Tensor], search: ScaleSearch) -> None:
     """Scales of a layer's weight, a row each, and of its input."""
-    x, y, slopes = (torch.cat(samples[part::3]) for part in range(3))
-    bias = view.bias_vector()
-    target = y if bias is None else y - bias
+    x, slopes = (torch.cat(samples[part::2]) for part in range(2))
     weight = slopes.square()
     exact = view.matrix().float()
+    # Without the bias, which may not be the layer's own.
+    target = x @ exact.t()
     quantizer, own = view.map.input, view.map.weight
     rounded = exact
     ratios = torch.linspace(search.smallest, search.largest, search.candidates).tolist()
@@ -190,20 +206,23 @@ def _search_layer(view: WeightView, bits: int, samples: list[Tensor], search: Sc
             found = x if quantizer is None else quantizer(x)
             largest = (exact * column).abs().amax(dim=1) / (2 ** (bits - 1) - 0.5)
             trials = [WeightScales(_positive(largest * ratio), None) for ratio in ratios]
-            errors = []
-            for trial in trials:
-                error = OutputError(search.metric, (exact.shape[0],))
-                error.add((found @ _round(exact, column, trial, bits).t())[None], target, weight)
-                errors.append(error.total())
+
+            def errors(metric: Metric, trials=trials, found=found, column=column) -> Tensor:  # type: ignore[no-untyped-def]
+                totals = []
+                for trial in trials:
+                    error = OutputError(metric, (exact.shape[0],))
+                    error.add((found @ _round(exact, column, trial, bits).t())[None], target, weight)
+                    totals.append(error.total())
+                return torch.cat(totals)
+
             scales = torch.stack([trial.scale for trial in trials])
-            chosen = torch.cat(errors).argmin(dim=0, keepdim=True)
-            own.propose(scales.gather(0, chosen)[0])
+            own.propose(scales.gather(0, _least(errors, search, ratios))[0])
             rounded = _round(exact, column, WeightScales(own.scale, None), bits)
         if quantizer is None or not quantizer.enabled:
             return
         transposed, before = rounded.t(), quantizer.scale.detach().clone()
         _choose(quantizer, [_Call(x, lambda values, w=transposed: values @ w, target, weight)], search, shared=True)  # type: ignore[misc]
-        if own is not None:
+        if own is not None and own.folded:
             # Scales of folded weights: one factor for all columns, so the weight itself stays as it was rounded.
             own.scale.mul_((quantizer.scale / before).detach().reshape(-1)[0])
 
@@ -253,18 +272,39 @@ def _choose(quantizer: Quantizer, calls: list[_Call], search: ScaleSearch, *, sh
     if quantizer.offset is not None:
         # Its steps lie where calibration put them; another scale would move them all.
         return
-    trials = _trials(quantizer, calls, search, shared)
+    trials, ratios = _trials(quantizer, calls, search, shared)
     shape = (1,) if shared else quantizer.shape
     size = max(1, max(call.target.numel() for call in calls))
-    errors = []
-    for part in trials.split(max(1, _CHUNK // size)):
-        error = OutputError(search.metric, shape)
-        for call in calls:
-            found = call.compute(part.round(quantizer, call.values))
-            error.add(_split(quantizer, found, 1), _split(quantizer, call.target), _split(quantizer, call.weight))
-        errors.append(error.total())
-    best = torch.cat(errors).argmin(dim=0, keepdim=True)
-    trials.settle(quantizer, best)
+
+    def errors(metric: Metric) -> Tensor:
+        totals = []
+        for part in trials.split(max(1, _CHUNK // size)):
+            error = OutputError(metric, shape)
+            for call in calls:
+                found = call.compute(part.round(quantizer, call.values))
+                error.add(_split(quantizer, found, 1), _split(quantizer, call.target), _split(quantizer, call.weight))
+            totals.append(error.total())
+        return torch.cat(totals)
+
+    trials.settle(quantizer, _least(errors, search, ratios))
+
+
+def _least(errors: Callable[[Metric], Tensor], search: ScaleSearch, ratios: Sequence[float]) -> Tensor:
+    """Number of the candidate of least error, ``(1, *shape)``.
+
+    Where the metric finds none better than another, as behind units that no sample reaches, the squared error decides;
+    where that does not either, the candidate that represents the largest value.
+    """
+    found = errors(search.metric)
+    best = found.argmin(dim=0, keepdim=True)
+    open_still = found.amax(dim=0, keepdim=True) == found.amin(dim=0, keepdim=True)
+    if bool(open_still.any()):
+        squared = errors('mse')
+        nothing = squared.amax(dim=0, keepdim=True) == squared.amin(dim=0, keepdim=True)
+        whole = min(range(len(ratios)), key=lambda number: abs(ratios[number] - 1))
+        second = squared.argmin(dim=0, keepdim=True).masked_fill(nothing, whole)
+        best = torch.where(open_still, second, best)
+    return best
 
 
 def _split(quantizer: Quantizer, x: Tensor, lead: int = 0) -> Tensor:
@@ -306,7 +346,10 @@ class _Trials(NamedTuple):
             quantizer.set_shift(shift)
 
 
-def _trials(quantizer: Quantizer, calls: list[_Call], search: ScaleSearch, shared: bool) -> _Trials:
+def _trials(
+    quantizer: Quantizer, calls: list[_Call], search: ScaleSearch, shared: bool
+) -> tuple[_Trials, Sequence[float]]:
+    """Candidates, and each one's share of the scale that represents the largest value."""
     spec, shape = quantizer.spec, quantizer.shape
     ends = [torch.aminmax(quantizer.groups(call.values), dim=1) for call in calls]
     low = torch.stack([end.min for end in ends]).amin(dim=0)
@@ -314,18 +357,20 @@ def _trials(quantizer: Quantizer, calls: list[_Call], search: ScaleSearch, share
     if isinstance(quantizer, TwoPartQuantizer):
         found = list(candidates(low, high, spec))
         scale, shift = (torch.stack([one[part] for one in found]) for part in range(2))
-        return _Trials(scale.reshape(-1, *shape), shift.reshape(-1, *shape))
+        # Each represents the largest value; they differ in how much is left for the small ones.
+        return _Trials(scale.reshape(-1, *shape), shift.reshape(-1, *shape)), [1.0] * len(found)
     # As the released code has it: the largest value is half a step beyond the last code's.
     needed = high.clamp(min=0) / (spec.qmax + 0.5)
     if spec.qmin < 0:
         needed = torch.maximum(needed, low.clamp(max=0) / (spec.qmin - 0.5))
-    needed = _positive(needed).reshape(shape)
+    needed = needed.reshape(shape)
     if shared:
+        # Channels that are always zero need nothing, and have no say.
         now = quantizer.scale.detach()
-        needed = now * (needed / now).amax()
-    ratios = torch.linspace(search.smallest, search.largest, search.candidates, device=needed.device)
-    scale = ratios.reshape(-1, *(1,) * len(shape)) * needed
-    return _Trials(scale, torch.zeros_like(scale))
+        needed = now * _positive((needed / now).amax())
+    ratios = torch.linspace(search.smallest, search.largest, search.candidates)
+    scale = ratios.to(needed).reshape(-1, *(1,) * len(shape)) * _positive(needed)
+    return _Trials(scale, torch.zeros_like(scale)), ratios.tolist()
 
 
 def _positive(scale: Tensor) -> Tensor:

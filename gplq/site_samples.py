@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gplq.batches import Forward, batch_size, bounded
 from gplq.errors import CalibrationError
@@ -23,33 +24,61 @@ __all__ = ['collect_samples']
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-class _Watch:
-    """Sees the calls of one site and keeps some of each, once the gradient is known."""
+class _Call(NamedTuple):
+    """Rows of one call that are kept, which they are, and where the gradient of its output passes."""
 
-    def __init__(self, name: str, limit: int, generator: torch.Generator) -> None:
+    tensors: list[Tensor]
+    rows: Tensor | None
+    shape: torch.Size
+    edge: GradientEdge | None
+
+
+class _Watch:
+    """Sees the calls of one site and keeps some of each; the model may overwrite the tensors as soon as it goes on."""
+
+    def __init__(self, name: str, generator: torch.Generator, merged_heads: int = 0) -> None:
         self.name = name
-        self.limit = limit
+        self.limit = 0
         self.generator = generator
-        self.seen: list[tuple[tuple[Tensor, ...], Tensor]] = []
+        self.merged_heads = merged_heads
+        self.calls: list[_Call] = []
 
     def map(self, x: Tensor, y: Tensor) -> None:
-        self.seen.append(((x,), y))
+        vectors = x.reshape(-1, x.shape[-1])
+        rows = self._choose(len(vectors), x.device)
+        self.calls.append(_Call([vectors[rows].float()], rows, y.shape, _edge(y)))
 
     def product(self, left: Tensor, right: Tensor, y: Tensor) -> None:
-        self.seen.append(((left, right), y))
+        # Where there is no axis of images or windows, the whole product is one.
+        rows = None if y.dim() < 3 else self._choose(len(y), y.device)
+        kept = []
+        for x in (left, right, y.detach()):
+            # An operand without that axis, or with one entry in it, meets every image alike.
+            alike = rows is None or x.dim() < y.dim() or len(x) == 1 < len(y)
+            kept.append((x.clone() if alike else x[rows]).float())
+        self.calls.append(_Call(kept, rows, y.shape, _edge(y)))
+
+    def _choose(self, count: int, device: torch.device) -> Tensor:
+        """Vectors of a layer, images or windows of a product with all of their heads."""
+        heads = self.merged_heads or 1
+        chosen = torch.randperm(count // heads, generator=self.generator)[: self.limit]
+        return (chosen[:, None] * heads + torch.arange(heads)).flatten().to(device)
 
     def keep(self, store: SampleStore, gradients: Iterator[Tensor | None]) -> None:
-        """Move what was seen into the store: operands, output, gradient."""
-        for operands, y in self.seen:
+        """Move what was seen into the store, with the gradients."""
+        for tensors, rows, shape, _ in self.calls:
             slope = next(gradients)
-            slope = torch.zeros_like(y) if slope is None else slope
-            tensors = [*operands, y.detach(), slope]
-            if len(operands) == 1:
-                tensors = [t.reshape(-1, t.shape[-1]) for t in tensors]
-            # Vectors of a layer, images or windows of a product.
-            chosen = torch.randperm(len(tensors[0]), generator=self.generator)[: self.limit].to(y.device)
-            store.add(self.name, *(t[chosen].float() for t in tensors))
-        self.seen = []
+            if slope is None:
+                slope = tensors[0].new_zeros(shape)
+            if len(tensors) == 1:
+                slope = slope.reshape(-1, slope.shape[-1])
+            store.add(self.name, *tensors, (slope if rows is None else slope[rows]).float())
+        self.calls = []
+
+
+def _edge(y: Tensor) -> GradientEdge | None:
+    # Of the value as it is now: an operation in place that follows would be differentiated as well.
+    return get_gradient_edge(y) if y.requires_grad else None
 
 
 def collect_samples(
@@ -71,7 +100,7 @@ def collect_samples(
         batches: calibration data.
         loss: gives the gradients; None leaves them zero.
         forward: runs a batch where there is no loss.
-        store: takes ``(input, output, gradient)`` of each layer as matrices of vectors, and
+        store: takes ``(input, gradient)`` of each layer as matrices of vectors, and
             ``(left, right, output, gradient)`` of each product, a group for each call.
         images: to run.
         vectors: kept of a layer, over all images.
@@ -84,7 +113,7 @@ def collect_samples(
     generator = torch.Generator().manual_seed(0)
     with _watching(model, generator) as watches:
         for batch in progress(bounded(batches, images), 'collect samples'):
-            share = batch_size(batch) / images
+            share = min(1.0, batch_size(batch) / images)
             for watch in watches.values():
                 whole = maps if ':' in watch.name else vectors
                 watch.limit = max(1, round(whole * share))
@@ -92,22 +121,22 @@ def collect_samples(
                 value = None if loss is None else loss(model, batch)
                 if loss is None:
                     forward(model, batch)
-            outputs = [y for watch in watches.values() for _, y in watch.seen]
-            store_gradients = iter(_gradients(value, outputs))
+            edges = [call.edge for watch in watches.values() for call in watch.calls]
+            gradients = iter(_gradients(value, edges))
             for watch in watches.values():
-                watch.keep(store, store_gradients)
+                watch.keep(store, gradients)
 
 
-def _gradients(value: Tensor | None, outputs: list[Tensor]) -> list[Tensor | None]:
+def _gradients(value: Tensor | None, edges: list[GradientEdge | None]) -> list[Tensor | None]:
     if value is None:
-        return [None] * len(outputs)
+        return [None] * len(edges)
     if not bool(torch.isfinite(value)):
         raise CalibrationError(f'the loss of a calibration batch is {float(value)}; check the checkpoint')
-    moving = [y for y in outputs if y.requires_grad]
+    moving = [edge for edge in edges if edge is not None]
     if not moving or not value.requires_grad:
         raise CalibrationError('the loss does not depend on what is quantized: nothing says which outputs matter')
     found = iter(torch.autograd.grad(value, moving, allow_unused=True))
-    return [next(found) if y.requires_grad else None for y in outputs]
+    return [None if edge is None else next(found) for edge in edges]
 
 
 @contextmanager
@@ -118,11 +147,12 @@ def _watching(model: nn.Module, generator: torch.Generator) -> Iterator[dict[str
         watched: list[LinearMap | QuantizedProduct] = []
         for _, view in weight_views(model):
             if not isinstance(view.owner, nn.Conv2d):
-                watches[view.name] = _Watch(view.name, 0, generator)
+                watches[view.name] = _Watch(view.name, generator)
                 view.map.watcher = watches[view.name].map
                 watched.append(view.map)
         for name, product in named_products(model):
-            watches[name] = _Watch(name, 0, generator)
+            heads = max(operand.merged_heads for operand in product.operands)
+            watches[name] = _Watch(name, generator, heads)
             product.watcher = watches[name].product
             watched.append(product)
         frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]

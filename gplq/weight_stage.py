@@ -80,10 +80,11 @@ def quantize_weights(
     batches = None if batches is None else rereadable(batches, recipe.calibration_samples)
     reference = None
     kept = None
+    reconstruction = reconstruction or Reconstruction()
     if journal is not None:
         first = {} if batches is None else tensors_in(next(iter(batches), None))
         start = {**model.state_dict(), **{f'batch {name}': tensor for name, tensor in first.items()}}
-        kept = Journal(Path(journal), fingerprint(start, record.plan.to_json()))
+        kept = Journal(Path(journal), fingerprint(start, f'{record.plan.to_json()} {reconstruction}'))
     with evaluating(model):
         statistics: dict[str, ColumnStatistics] = {}
         if pending and batches is not None:
@@ -93,7 +94,7 @@ def quantize_weights(
                 statistics = observe_columns(model, batches, forward, progress)
         learned: frozenset[str] = frozenset()
         if recipe.rounding == 'reconstruct' and pending and batches is not None:
-            learned = reconstruct_blocks(model, batches, reconstruction or Reconstruction(), forward, progress)
+            learned = reconstruct_blocks(model, batches, reconstruction, forward, progress)
         left = [(plan, view) for plan, view in pending if view.name not in learned]
         for _, view in progress(left, 'round weights'):
             found = statistics.pop(view.name, None)

@@ -188,6 +188,10 @@ class WeightQuantizer(SinglePrecision):
         self.scale.copy_(scale)
         self.proposed = True
 
+    def forget_proposal(self) -> None:
+        """The input's scales have changed, and with them the folded weight that a search has seen."""
+        self.proposed = False
+
     @torch.no_grad()
     def keep(self, values: Tensor, column_scale: Tensor, scales: WeightScales) -> Tensor:
         """Keep ``scales`` and return ``values``, which lie on their grid, unfolded; both ``(rows, columns)``.

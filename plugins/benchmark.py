@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
@@ -11,11 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gplq.errors import RecipeError
 from gplq.plugins.hooks.report import minutes_up_to
 from gplq.plugins.results import ResultError, ResultRow, commit, file_sha256, versions
 from gplq.recipe import WEIGHT_STAGE_FIELDS, Recipe
 
-__all__ = ['METHODS', 'ROW', 'VARIANTS', 'Bits', 'Run', 'bits_of', 'plan_runs', 'rows_of']
+__all__ = ['METHODS', 'ROW', 'TOOL', 'VARIANTS', 'Bits', 'Run', 'bits_of', 'plan_runs', 'rows_of']
 
 # Of weights and of activations.
 Bits = tuple[int, int]
@@ -25,8 +27,8 @@ HOOK = 'default_hooks.gplq.'
 
 METHODS: dict[str, dict[str, Any]] = {
     'fp32': {'weight_bits': 32, 'activation_bits': 32, 'iterations': 0},
-    'fp32_control': {'weight_bits': 32, 'activation_bits': 32},
-    'gplq': {},
+    'fp32_control': {'method': 'gplq', 'weight_bits': 32, 'activation_bits': 32},
+    'gplq': {'method': 'gplq'},
     'lsq': {'method': 'lsq'},
     **{
         name: {'method': name, 'iterations': 0}
@@ -160,6 +162,8 @@ def bits_of(text: str) -> Bits:
         RecipeError: the text has another form, or the bits are not supported.
     """
     recipe = Recipe.from_string(f'w{text}a{text}' if text.isdecimal() else text)
+    if 32 in (recipe.weight_bits, recipe.activation_bits):
+        raise RecipeError(f'--bits {text}: 2 to 8 for both; FP32 is a method, and W32A4 a step of gplq')
     return recipe.weight_bits, recipe.activation_bits
 
 
@@ -184,7 +188,11 @@ def plan_runs(
         ResultError: if an option is one of those that the runs differ in, or that a method or variant among them sets.
     """
     _check_options(options, methods, variants)
+    methods, bits, seeds, variants = (list(dict.fromkeys(chosen)) for chosen in (methods, bits, seeds, variants))  # type: ignore[assignment]
     slug = re.sub(r'[^\w.=-]+', '_', '_'.join(f'{key}={value}' for key, value in options.items()))
+    if len(slug) > 100:
+        # Folders' names have an end.
+        slug = f'{slug[:80]}_{hashlib.sha256(slug.encode()).hexdigest()[:8]}'
     trained: dict[tuple[int, int, str], Run] = {}
     for seed in seeds:
         for method in methods:

@@ -10,25 +10,46 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.utils import ProgressBar, track_iter_progress
 
-from gplq.plugins.benchmark import Run, rows_of
+from gplq.plugins.benchmark import TOOL, Run, rows_of
 from gplq.plugins.comparison import Comparison
 from gplq.plugins.results import ResultError, append_row, file_sha256, read_rows
 
-__all__ = ['carry_out', 'metrics_of', 'model_of_config', 'task_of']
+__all__ = ['carry_out', 'metrics_of', 'model_of_config', 'read', 'task_of']
 
 
 def task_of(config: str) -> str:
     """Classification where the data set has splits by name, else detection.
 
     Raises:
-        ResultError: there is no such config, or it validates nothing.
+        ResultError: the config cannot be read or validates nothing.
+    """
+    cfg = read(config)
+    dataset = (cfg.get('val_dataloader') or {}).get('dataset')
+    if not dataset:
+        raise ResultError(f'{config} has no val_dataloader with a dataset, on whose data the figures are measured')
+    return 'classification' if 'split' in dataset else 'detection'
+
+
+def read(config: str) -> Config:
+    """A config with the two lines.
+
+    Raises:
+        ResultError: it is missing, cannot be read, or has no GPLQHook to set.
     """
     if not Path(config).is_file():
         raise ResultError(f'config {config} does not exist')
-    loader = Config.fromfile(config).get('val_dataloader')
-    if not loader:
-        raise ResultError(f'{config} has no val_dataloader, on whose data the figures are measured')
-    return 'classification' if 'split' in loader.dataset else 'detection'
+    try:
+        cfg = Config.fromfile(config)
+    except Exception as error:
+        # A config is a program; what it raises can be any error.
+        raise ResultError(f'config {config} cannot be read: {type(error).__name__}: {error}') from error
+    hook = (cfg.get('default_hooks') or {}).get('gplq')
+    if not isinstance(hook, dict) or not str(hook.get('type')).endswith('GPLQHook'):
+        raise ResultError(
+            f"config {config} has no default_hooks = dict(gplq=dict(type='gplq.plugins.GPLQHook', …)), whose settings "
+            'the methods differ in: add it'
+        )
+    return cfg
 
 
 def metrics_of(task: str) -> list[str]:
@@ -47,6 +68,8 @@ def carry_out(runs: Sequence[Run], metrics: Sequence[str], data_root: str, outpu
     Raises:
         ResultError: a run failed; the message has its last words and the place of its log.
     """
+    if not Path(TOOL).is_file():
+        raise ResultError(f"there is no {TOOL} in {Path.cwd()}: start this program from the repository's folder")
     checkpoint = runs[0].checkpoint
     if not Path(checkpoint).is_file():
         raise ResultError(f'checkpoint {checkpoint} does not exist')
@@ -79,7 +102,8 @@ def _train(run: Run, data_root: str) -> None:
     with log.open('w') as file:
         done = subprocess.run(run.arguments(data_root), stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
-        reasons = re.findall(r'^(?:error: .*|\w*Error: .*)', log.read_text(), re.MULTILINE)
+        text = log.read_text()
+        reasons = re.findall(r'^(?:error: .*|[\w.]*Error: .*)', text, re.MULTILINE) or text.split('\n')[-2:-1]
         raise ResultError(f'failed: {reasons[-1] if reasons else "no reason given"}\nsee {log}')
 
 

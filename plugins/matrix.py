@@ -10,11 +10,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
-
 from gplq.plugins.benchmark import METHODS, Run
+from gplq.plugins.campaign import read
 from gplq.plugins.hooks.settings import HookSettings
-from gplq.plugins.results import BOUNDS, ResultRow
+from gplq.plugins.results import BOUNDS, ResultError, ResultRow
 from gplq.recipe import Recipe
 
 __all__ = ['plot', 'rows_of_runs', 'settings_of', 'write_csv']
@@ -30,9 +29,12 @@ def settings_of(config: str, method: str, options: dict[str, str]) -> dict[str, 
 
     Raises:
         RecipeError: the config's hook has a setting that there is not.
+        ResultError: the config cannot be read or has no such hook.
     """
-    cfg = Config.fromfile(config)
+    cfg = read(config)
     cfg.merge_from_dict({key: _value(value) for key, value in options.items()})
+    if not isinstance(cfg.default_hooks.gplq, dict):
+        raise ResultError(f'--options leaves default_hooks.gplq={cfg.default_hooks.gplq!r}, which is no hook')
     hook = {name: value for name, value in cfg.default_hooks.gplq.items() if name != 'type'}
     settings = HookSettings.from_config(**(hook | METHODS[method]))
     found: dict[str, Any] = _differences(settings.recipe, Recipe(), '')

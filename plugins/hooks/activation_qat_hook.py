@@ -25,6 +25,7 @@ from gplq.plugins.hooks.guard import StepGuard
 from gplq.plugins.hooks.model import (
     PartForward,
     blank_forward,
+    check_compensation,
     model_of,
     part_of,
     rewrap,
@@ -101,6 +102,7 @@ class ActivationQATHook(Hook):
             return
         model = model_of(runner)
         part_of(model, self.settings)
+        check_compensation(model, self.settings)
         self.prepare(runner, model)
         # Backbones freeze stages whenever they enter training mode: before the optimizer and the wrapper look.
         model.train()

@@ -18,6 +18,7 @@ from gplq.plugins.hooks.settings import HookSettings
 __all__ = [
     'PartForward',
     'blank_forward',
+    'check_compensation',
     'model_of',
     'part_of',
     'preprocess',
@@ -62,6 +63,27 @@ def part_of(model: nn.Module, settings: HookSettings) -> nn.Module:
         children = [name for name, _ in model.named_children()]
         raise TargetError(f'part={settings.part!r}: {type(model).__name__} has {children}; name one of these')
     return part
+
+
+def check_compensation(model: nn.Module, settings: HookSettings) -> None:
+    """Refuse a compensation of layers behind a choice that the model makes.
+
+    Two runs are compared, of the model before and after rounding. A detector's heads work on proposals or queries
+    which the two choose differently, so that there is nothing to compare.
+
+    Raises:
+        TargetError: naming the compensation.
+    """
+    kind = settings.recipe.compensation
+    # Classifiers have one `head`, which sees every image.
+    if kind == 'none' or hasattr(model, 'head'):
+        return
+    ahead = (settings.part, 'neck')
+    if not all(pattern.split('.')[0] in ahead for pattern in settings.recipe.targets):
+        raise TargetError(
+            f'compensation={kind!r} compares outputs before and after rounding, which the heads of '
+            f"{type(model).__name__} compute for other objects: name targets in {' or '.join(ahead)}, or set 'none'"
+        )
 
 
 class PartForward:

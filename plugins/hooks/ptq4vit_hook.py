@@ -7,11 +7,13 @@ from typing import Any
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from gplq.errors import RecipeError
 from gplq.plugins.hooks.model import model_of, trains
 from gplq.plugins.hooks.randomness import seeded
 from gplq.plugins.hooks.stopwatch import Stopwatch
 from gplq.plugins.hooks.weight_ptq_hook import WeightPTQHook
 from gplq.record import is_prepared
+from gplq.spec import FLOAT_BITS
 
 __all__ = ['PTQ4ViTHook']
 
@@ -31,6 +33,12 @@ class PTQ4ViTHook(WeightPTQHook):
     def __init__(self, **config: Any) -> None:
         bits = {} if 'recipe' in config else {'weight_bits': 8, 'activation_bits': 8}
         super().__init__(**{'method': 'ptq4vit', **bits, **config})
+        recipe = self._activations.settings.recipe
+        if recipe.quantizes and recipe.weight_bits == FLOAT_BITS:
+            raise RecipeError(
+                f'PTQ4ViTHook: weight_bits={recipe.weight_bits} leaves out the weights, whose scales it searches '
+                "with the inputs': set 2 to 8"
+            )
         self._minutes: float | None = None
 
     def before_val(self, runner: Runner) -> None:

@@ -210,3 +210,22 @@ def test_encoder_layers_leave_their_fast_path(norm_first: bool) -> None:
     assert torch.allclose(found, watched, atol=1e-5)
     error = float((found - expected).norm() / expected.norm())
     assert 1e-3 < error < 0.3
+
+
+def test_projections_of_a_layernorms_output_have_a_scale_a_channel() -> None:
+    """`linear_input='post_norm'`: behind a LayerNorm, whatever the attention's class."""
+
+    class PreNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.fc = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            z: Tensor = self.fc(self.attention(y, y, y, need_weights=False)[0])
+            return z
+
+    plan = gplq.prepare(PreNorm().eval(), gplq.Recipe.repq_vit(4, 4), torch.randn(2, 5, WIDTH))
+    found = {a_map.kind: a_map.input.spec.granularity for a_map in plan.maps if a_map.name == 'attention'}
+    assert found == {'query': 'channel', 'key': 'channel', 'value': 'channel'}

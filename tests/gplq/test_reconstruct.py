@@ -78,6 +78,81 @@ def test_it_is_repeatable_and_leaves_no_trace(toy_vit: Make, images: Tensor) -> 
     assert torch.equal(*outputs)
 
 
+def test_models_without_a_divergence_count_all_outputs_alike(toy_vit: Make, images: Tensor) -> None:
+    """One logit has no divergence from itself: its slope says nothing."""
+    outputs = []
+    for logits in (1, 5):
+        model = toy_vit(depth=1)
+        model.head = nn.Linear(16, logits)
+        gplq.prepare(model, gplq.Recipe.reconstruct(2, 8, fold_layernorm=False), images[:2])
+        gplq.calibrate(model, [images])
+        gplq.quantize_weights(model, [images], reconstruction=gplq.Reconstruction(iterations=150, drop=0.0))
+        outputs.append(block_error(model, toy_vit(depth=1), images))
+    nearest = toy_vit(depth=1)
+    gplq.prepare(nearest, gplq.Recipe.reconstruct(2, 8, rounding='nearest', fold_layernorm=False), images[:2])
+    gplq.calibrate(nearest, [images])
+    gplq.quantize_weights(nearest, [images])
+    assert outputs[0] < 0.8 * block_error(nearest, toy_vit(depth=1), images)
+
+
+class InPlace(nn.Module):
+    """A block that adds to its input, of which the LayerNorm's gradient needs the old value."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2 = block.norm1, block.attn, block.norm2
+        self.fc1, self.fc2 = block.fc1, block.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.attn(self.norm1(x))
+        x += self.fc2(torch.nn.functional.gelu(self.fc1(self.norm2(x))))
+        return x
+
+
+class NextInPlace(nn.Module):
+    """Adds to what the block before it gave, which no gradient needs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += 1.0
+        return x
+
+
+def test_what_a_later_module_does_in_place_is_no_matter(toy_vit: Make, images: Tensor) -> None:
+    outputs = []
+    for after in (nn.Identity(), NextInPlace()):
+        model = toy_vit(depth=1)
+        # A common shift of all channels, which the LayerNorm behind it takes away.
+        model.norm = nn.Sequential(after, model.norm)
+        gplq.prepare(model, gplq.Recipe.reconstruct(3, 3, fold_layernorm=False), images[:2])
+        gplq.calibrate(model, [images])
+        gplq.quantize_weights(model, [images], reconstruction=gplq.Reconstruction(iterations=20))
+        outputs.append(block_error(model, toy_vit(depth=1), images))
+    assert outputs[0] == pytest.approx(outputs[1], rel=0.05)
+
+
+def test_a_block_without_a_gradient_is_named(toy_vit: Make, images: Tensor) -> None:
+    model = toy_vit()
+    model.blocks = nn.ModuleList(InPlace(block) for block in model.blocks)
+    gplq.prepare(model, gplq.Recipe.reconstruct(3, 3), images[:2])
+    gplq.calibrate(model, [images])
+    with pytest.raises(StageError, match=r'blocks.0 .*overwrites.* in place.*rounding='):
+        gplq.quantize_weights(model, [images], reconstruction=gplq.Reconstruction(iterations=2))
+
+
+def test_a_journal_of_other_settings_is_not_gone_on_with(toy_vit: Make, images: Tensor, tmp_path) -> None:
+    def run(iterations: int, journal) -> Tensor:
+        model = toy_vit()
+        gplq.prepare(model, gplq.Recipe.reconstruct(3, 3, compensation='qwt'), images[:2])
+        gplq.calibrate(model, [images])
+        settings = gplq.Reconstruction(iterations=iterations)
+        gplq.quantize_weights(model, [images], reconstruction=settings, journal=journal)
+        with torch.no_grad():
+            return model(images)
+
+    run(1, tmp_path / 'shared')
+    assert torch.equal(run(60, tmp_path / 'shared'), run(60, tmp_path / 'own'))
+
+
 def test_what_is_refused(toy_vit: Make, images: Tensor) -> None:
     with pytest.raises(RecipeError, match='iterations=0'):
         gplq.Reconstruction(iterations=0)

@@ -83,12 +83,31 @@ def test_the_correction_by_hand() -> None:
     assert view.map.bias_correction.tolist() == pytest.approx([0.5 * 0.004], rel=1e-4)
 
 
-def test_an_offset_is_the_mean_where_nothing_else_is_known() -> None:
-    """Inputs are scale * (code - 3). Folded, the weights are (2, 0.5); rounded (2, 0), unfolded (1, 0)."""
+def test_without_statistics_a_channels_offset_counts_from_the_mean_offset() -> None:
+    """Inputs are scale * (code + offset). Folded, the weights are (2, 0.5); rounded (2, 0), unfolded (1, 0)."""
     view = view_of([1.0, 0.5], input_scale=[2.0, 1.0], offset=True)
     round_view(view, NEAREST, None)
     assert rounded(view) == pytest.approx([1.0, 0.0])
-    assert view.map.bias_correction.tolist() == pytest.approx([0.5 * -3])
+    assert view.map.bias_correction.tolist() == pytest.approx([0.0]), 'all offsets are alike: codes lie around them'
+    view = view_of([1.0, 0.5], input_scale=[2.0, 1.0], offset=True)
+    view.map.input.offset.data = torch.tensor([-1.0, -5.0])  # type: ignore[union-attr]
+    round_view(view, NEAREST, None)
+    # The mean offset is -3. What rounding took from the second weight, 0.5, meets an input 1 * (-5 + 3) from there.
+    assert view.map.bias_correction.tolist() == pytest.approx([0.5 * -2])
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_codes_survive_few_digits(dtype: torch.dtype) -> None:
+    """What is held after rounding is what a saved file restores from the codes, to the last bit."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32, bias=False).to(dtype)
+    quantizer = WeightQuantizer(8, 32, asymmetric=True, folded=True)
+    view = WeightView('layer', layer, LinearMap(None, quantizer, 32))
+    layer.weight.data = (torch.randn(32, 64) + 2).to(dtype)
+    round_view(view, gplq.Recipe.repq_vit(8, 8), None)
+    columns = torch.ones(64)
+    held = view.matrix().clone()
+    assert torch.equal(quantizer.restore(quantizer.codes(held, columns), columns).to(dtype), held)
 
 
 def test_another_matrix_is_rounded_in_its_place() -> None:

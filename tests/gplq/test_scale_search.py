@@ -221,6 +221,169 @@ def test_the_error_of_heads_and_columns_by_hand() -> None:
             assert total[0, :, 0].tolist() == [[0.0] * 5, [8.0] * 5, [32.0] * 5]
 
 
+class Net(nn.Module):
+    """Two Linears; options bend what a search might take for granted."""
+
+    def __init__(self, *, in_place: bool = False, own_bias: bool = True, dead: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 4)
+        self.act, self.own_bias = nn.ReLU(inplace=in_place), own_bias
+        self.shift = nn.Parameter(3 * torch.randn(16))
+        with torch.no_grad():
+            self.fc1.bias.copy_(self.shift)
+            if dead:
+                self.norm.weight[3] = self.norm.bias[3] = 0
+        if not own_bias:
+            self.fc1.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        # BEiT and Swin v2 put the bias together in the parent.
+        x = self.fc1(x) if self.own_bias else F.linear(x, self.fc1.weight, self.shift)
+        y: Tensor = self.fc2(self.act(x))
+        return y
+
+
+def searched(model: nn.Module, x: Tensor, search: ScaleSearch, bits: int = 8, **settings) -> float:
+    """Error of the quantized model, as a share."""
+    expected = model(x).detach()
+    gplq.prepare(model, gplq.Recipe.ptq4vit(bits, bits, **settings), x[:2])
+    gplq.calibrate(model, [x])
+    search_scales(model, [x], search=search)
+    gplq.quantize_weights(model, [x])
+    with torch.no_grad():
+        return float((model(x) - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize('metric', ['hessian', 'mse'])
+def test_what_a_model_does_with_outputs_and_biases_is_no_matter(metric: str) -> None:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    search = ScaleSearch(metric=metric, images=64)  # type: ignore[arg-type]
+    plain = searched(Net().eval(), x, search)
+    assert plain < 0.02
+    assert searched(Net(in_place=True).eval(), x, search) == pytest.approx(plain, rel=1e-3)
+    assert searched(Net(own_bias=False).eval(), x, search) == pytest.approx(plain, rel=0.2)
+
+
+def test_channels_that_are_always_zero_have_no_say() -> None:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    search = ScaleSearch(images=64)
+    for settings in (dict(linear_input='channel'), dict(linear_input='channel', fold=False)):
+        assert searched(Net(dead=True).eval(), x * 0.01, search, **settings) < 0.02
+
+
+def test_units_that_no_sample_reaches_keep_their_range() -> None:
+    """Behind a ReLU that never fires the gradient is zero for every candidate: the smallest scale would win."""
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    model = Net().eval()
+    with torch.no_grad():
+        model.fc1.bias[:8] = -100.0
+    exact = model.fc1.weight.detach().clone()
+    searched(model, x, ScaleSearch(images=64), fold_layernorm=False)
+    assert float((model.fc1.weight - exact).abs().max() / exact.abs().max()) < 0.02
+
+
+def test_a_search_belongs_to_the_scales_it_saw() -> None:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    model = Net().eval()
+    gplq.prepare(model, gplq.Recipe.ptq4vit(8, 8), x[:2])
+    gplq.calibrate(model, [x * 0.1])
+    search_scales(model, [x], search=SMALL)
+    gplq.calibrate(model, [x])
+    with pytest.raises(StageError, match='call gplq.search_scales first'):
+        gplq.quantize_weights(model, [x])
+
+
+def test_a_loader_that_shuffles_compares_each_image_with_itself(toy_vit: Make, images: Tensor) -> None:
+    loaders = [
+        [images[:4], images[4:8], images[8:12], images[12:]],
+        torch.utils.data.DataLoader(list(images), batch_size=4, shuffle=True),
+    ]
+    for loader in loaders:
+        seen: list[float] = []
+
+        def watch(m: nn.Module, batch: Tensor, seen: list[float] = seen) -> Tensor:
+            y: Tensor = m(batch)
+            seen.append(float(batch.sum()))
+            return y
+
+        model = calibrated(toy_vit, images)
+        search = ScaleSearch(candidates=10, rounds=1, images=16, objective='quantized_kl')
+        search_scales(model, loader, search=search, forward=watch)
+        assert seen[:4] == seen[4:8]
+
+
+class Heads(nn.Module):
+    """Attention whose heads lie in the batch axis, or that attends to a memory of one image."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.num_heads = kind, 2
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.memory = nn.Parameter(torch.randn(1, 6, 8))
+        with torch.no_grad():
+            # Heads of very different size.
+            self.q.weight[:4] *= 10
+            self.k.weight[4:] *= 10
+
+    def forward(self, x: Tensor) -> Tensor:
+        source = self.memory * 1.0 if self.kind == 'memory' else x
+        q, k, v = self.q(x), self.k(source), self.v(source)
+        if self.kind == 'merged':
+            q, k, v = (t.reshape(len(x), -1, 2, 4).transpose(1, 2).reshape(-1, t.shape[1], 4) for t in (q, k, v))
+        y = torch.matmul((q @ k.transpose(1, 2) / 2).softmax(-1), v)
+        if self.kind == 'merged':
+            y = y.reshape(len(x), 2, -1, 4).transpose(1, 2).reshape(len(x), -1, 8)
+        logits: Tensor = self.out(y).mean(1)
+        return logits
+
+
+@pytest.mark.parametrize('kind', ['plain', 'merged', 'memory'])
+def test_heads_in_the_batch_and_shared_memories_are_searched(kind: str) -> None:
+    x = torch.randn(16, 5, 8, generator=torch.Generator().manual_seed(1))
+    errors = []
+    for scheme in ('mse', 'searched'):
+        model = Heads(kind).eval()
+        expected = model(x).detach()
+        recipe = gplq.Recipe.ptq4vit(8, 8, attention_map='uniform', weight_scheme=scheme)
+        gplq.prepare(model, recipe, x[:2])
+        gplq.calibrate(model, [x])
+        if scheme == 'searched':
+            before = {name: q.scale.detach().clone() for name, q in named_quantizers(model)}
+            # Batches of odd sizes, of which some maps are kept.
+            search_scales(model, [x[:5], x[5:9], x[9:]], search=ScaleSearch(metric='mse', images=16, maps=8))
+            for name, quantizer in named_quantizers(model):
+                change = quantizer.scale / before[name]
+                assert bool((change < 3).all() and (change > 0.3).all()), name
+        gplq.quantize_weights(model, [x])
+        with torch.no_grad():
+            errors.append(float((model(x) - expected).norm() / expected.norm()))
+    assert errors[1] < 1.05 * errors[0]
+
+
+def test_budgets_bound_what_one_large_batch_leaves(toy_vit: Make, images: Tensor) -> None:
+    from gplq.site_samples import collect_samples
+
+    model = calibrated(toy_vit, images)
+    with SampleStore(100.0) as store:
+        collect_samples(
+            model,
+            [images],
+            None,
+            lambda m, batch: m(batch),
+            store,
+            images=4,
+            vectors=10,
+            maps=3,
+            progress=lambda items, name: items,
+        )
+        assert [len(t) for t in store.take('blocks.0.fc1')] == [10, 10]
+        name = next(iter(dict(named_products(model))))
+        assert [len(t) for t in store.take(name)] == [3] * 4
+
+
 def test_what_cannot_be_searched(toy_vit: Make, images: Tensor) -> None:
     with pytest.raises(RecipeError, match='smallest=2'):
         ScaleSearch(smallest=2)

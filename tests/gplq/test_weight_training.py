@@ -118,5 +118,7 @@ def test_a_copy_a_checkpoint_and_a_file_compute_the_same(toy_vit: Make, images: 
 
 @pytest.mark.parametrize('settings', [dict(compensation='qwt'), dict(weight_scheme='percentile_asymmetric')])
 def test_what_would_undo_the_training_is_refused(settings: dict) -> None:
+    with pytest.raises(RecipeError, match="learns the weights' rounding already: set rounding='nearest'"):
+        gplq.Recipe.lsq(4, 4, rounding='reconstruct')
     with pytest.raises(RecipeError, match='train_weights=True settles the weights'):
         gplq.Recipe.lsq(4, 4, **settings)

@@ -165,7 +165,7 @@ def test_options_that_would_undo_a_method_or_variant_are_refused(
 
 def test_bits_are_one_number_or_two() -> None:
     assert (bits_of('4'), bits_of('W3A4'), bits_of('w8a2')) == ((4, 4), (3, 4), (8, 2))
-    for text in ('9', 'W4', 'four'):
+    for text in ('9', 'W4', 'four', 'W4A32', '32'):
         with pytest.raises(RecipeError):
             bits_of(text)
 
@@ -186,6 +186,24 @@ def test_runs_that_differ_in_the_weight_stage_share_an_activation_stage(make_run
     assert options['load_from'] == str(first.work_dir / 'gplq_w32a4.pth')
     assert options['default_hooks.gplq.iterations'] == '0'
     assert second.bits_of_rows == [('W2A4', 2, 4)]
+
+
+def test_what_is_named_twice_runs_once(make_runs: Callable[..., list[Run]]) -> None:
+    runs = make_runs(['rtn', 'rtn', 'gplq'], [4, (4, 4)], [0, 0], ['', ''])
+    assert [(run.method, run.trained_by) for run in runs] == [('rtn', None), ('gplq', None)]
+
+
+def test_many_options_have_a_folder_of_a_name_that_is_not_too_long(make_runs: Callable[..., list[Run]]) -> None:
+    options = {f'default_hooks.gplq.stage.a_setting_with_a_long_name_{n}': '0.123456789' for n in range(9)}
+    (run,) = make_runs(['gplq'], [4], [0], [''], options)
+    (other,) = make_runs(['gplq'], [4], [0], [''], {**options, 'another': '1'})
+    assert len(run.work_dir.name) < 130
+    assert run.work_dir != other.work_dir
+
+
+def test_gplq_is_gplq_whatever_the_configs_hook_says(make_runs: Callable[..., list[Run]]) -> None:
+    for run in make_runs(['gplq', 'fp32_control'], [4], [0], ['']):
+        assert 'default_hooks.gplq.method=gplq' in run.command
 
 
 def test_a_shared_activation_stage_counts_in_the_minutes_of_each(make_runs: Callable[..., list[Run]]) -> None:

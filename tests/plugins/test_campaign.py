@@ -93,15 +93,45 @@ def test_a_missing_checkpoint_is_found_before_anything_runs(
     assert calls() == []
 
 
+def test_the_last_words_of_a_log_are_the_reason_where_no_error_is_named(
+    calls: Callable[[], list[str]], make_runs: Callable[..., list[Run]]
+) -> None:
+    runs = make_runs(['rtn'], [4], [0], [''], task='classification')
+    for words in ('torch.cuda.OutOfMemoryError: no memory', 'Killed'):
+        Path('tools/train.py').write_text(f'import sys; sys.exit({words!r})')
+        with pytest.raises(ResultError, match=f'failed: {words}\nsee '):
+            carry_out(runs, ['top1'], '/data', Path('rows.jsonl'))
+    Path('tools/train.py').unlink()
+    with pytest.raises(ResultError, match='start this program from the repository'):
+        carry_out(runs, ['top1'], '/data', Path('rows.jsonl'))
+
+
+HOOK = "default_hooks = dict(gplq=dict(type='gplq.plugins.GPLQHook'))\n"
+
+
 def test_task_and_model_are_read_from_the_config(tmp_path: Path) -> None:
     config = tmp_path / 'gplq_vit_cells.py'
-    config.write_text("val_dataloader = dict(dataset=dict(split='dev'))")
+    config.write_text(HOOK + "val_dataloader = dict(dataset=dict(split='dev'))")
     assert task_of(str(config)) == 'classification'
-    config.write_text('val_dataloader = dict(dataset=dict())')
+    config.write_text(HOOK + "val_dataloader = dict(dataset=dict(type='CocoDataset'))")
     assert task_of(str(config)) == 'detection'
     assert model_of_config(str(config), 'cells') == 'vit'
-    config.write_text('')
-    with pytest.raises(ResultError, match='has no val_dataloader'):
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        (HOOK, 'has no val_dataloader with a dataset'),
+        (HOOK + 'val_dataloader = dict(batch_size=2)', 'has no val_dataloader with a dataset'),
+        ('val_dataloader = dict(dataset=dict(a=1))', 'has no default_hooks = dict'),
+        ("default_hooks = dict(gplq=dict(type='gplq.plugins.PTQ4ViTHook'))", 'has no default_hooks = dict'),
+        ('default_hooks = dict(', 'cannot be read: SyntaxError'),
+        (None, 'does not exist'),
+    ],
+)
+def test_configs_that_cannot_be_measured(text: str | None, message: str, tmp_path: Path) -> None:
+    config = tmp_path / 'a.py'
+    if text is not None:
+        config.write_text(text)
+    with pytest.raises(ResultError, match=message):
         task_of(str(config))
-    with pytest.raises(ResultError, match='does not exist'):
-        task_of(str(tmp_path / 'other.py'))

@@ -15,7 +15,7 @@ import pytest
 from gplq.errors import RecipeError
 from gplq.plugins.benchmark import Run, rows_of
 from gplq.plugins.matrix import plot, rows_of_runs, settings_of, write_csv
-from gplq.plugins.results import ResultRow
+from gplq.plugins.results import ResultError, ResultRow
 
 Rows = Callable[..., list[ResultRow]]
 
@@ -81,6 +81,8 @@ def test_settings_are_where_a_method_differs(tmp_path: Path) -> None:
     assert (ours['clips'], ours['stage.mimicking_weight']) == ((1.0,), 2.0)
     assert settings_of(str(config), 'ptq4vit', {})['search.metric'] == 'hessian'
     assert settings_of(str(config), 'reconstruct', {})['reconstruction.iterations'] == 500
+    with pytest.raises(ResultError, match='default_hooks.gplq=5, which is no hook'):
+        settings_of(str(config), 'gplq', {'default_hooks.gplq': '5'})
     config.write_text("default_hooks = dict(gplq=dict(type='gplq.plugins.GPLQHook', mimicry=2.0))")
     with pytest.raises(RecipeError, match='mimicry'):
         settings_of(str(config), 'gplq', {})

@@ -48,6 +48,9 @@ def test_defaults_are_eight_bits_and_the_papers_quantizers() -> None:
     assert (recipe.name, recipe.attention_map, recipe.gelu_output) == ('w8a8', 'twin_uniform', 'twin_uniform')
     assert PTQ4ViTHook(recipe='w6a6')._activations.settings.recipe.name == 'w6a6'
     assert PTQ4ViTHook(weight_bits=4)._activations.settings.recipe.name == 'w4a8'
+    with pytest.raises(RecipeError, match='weight_bits=32 leaves out the weights'):
+        PTQ4ViTHook(weight_bits=32)
+    assert PTQ4ViTHook(weight_bits=32, activation_bits=32)._activations.settings.recipe.name == 'w32a32'
 
 
 def test_settings_of_the_search() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from mmengine.runner import Runner
 
+from gplq.errors import TargetError
 from gplq.record import record_of
 
 
@@ -49,3 +50,13 @@ def test_label_free_mode_runs_no_head(detector: Callable[..., Runner], tmp_path:
         if not name.startswith('backbone.'):
             assert torch.equal(final[name], tensor), name
     assert any(not torch.equal(final[name], tensor) for name, tensor in original.items())
+
+
+@pytest.mark.parametrize('kind', ['erq', 'affine', 'ridge', 'qwt'])
+def test_heads_behind_proposals_are_not_compensated(kind: str, detector: Callable[..., Runner]) -> None:
+    """Model and reference would be compared on different objects."""
+    few = dict(calibration_samples=4, exponents=(0.0, 1.0), clips=(1.0,), compensation=kind)
+    settings = dict(iterations=0, recipe=few, validate_fp32=False)
+    with pytest.raises(TargetError, match=f"compensation='{kind}' compares outputs .* the heads of MaskRCNN"):
+        detector(targets=['backbone', 'roi_head.bbox_head.shared_fcs.*'], **settings).train()
+    detector('inside', targets=['backbone', 'neck.lateral_convs.0'], **settings).train()

@@ -1,0 +1,80 @@
+"""Compensation compares a model with itself before rounding: on the same samples, where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gplq
+
+Make = Callable[..., nn.Module]
+
+
+class Sampler(nn.Module):
+    """Draws some of its rows, as a detector does of its proposals, and may skip the layers behind that."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model, self.fc1, self.fc2 = model, nn.Linear(5, 24), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.model(x)
+        if float(x.sum()) == 0:
+            return x.new_zeros(0, 3)
+        rows = torch.randint(len(x), (len(x),))
+        y: Tensor = self.fc2(torch.nn.functional.gelu(self.fc1(x[rows])))
+        return y
+
+
+class Head(nn.Module):
+    """Blank images give nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :5] * 1.0
+
+
+def error(model: nn.Module, reference: nn.Module, x: Tensor) -> float:
+    outputs = []
+    for m in (model, reference):
+        torch.manual_seed(5)
+        with torch.no_grad():
+            outputs.append(m(x))
+    return float((outputs[0] - outputs[1]).norm() / outputs[1].norm())
+
+
+def quantized(kind: str, batches: list[Tensor]) -> nn.Module:
+    model = Sampler(Head()).eval()
+    recipe = gplq.Recipe.gplq(3, 8, rounding='nearest', compensation=kind, first_last_bits=3)
+    gplq.prepare(model, recipe, max(batches, key=lambda batch: float(batch.abs().sum())))
+    gplq.calibrate(model, batches)
+    gplq.quantize_weights(model, batches)
+    return model
+
+
+@pytest.mark.parametrize('kind', ['erq', 'affine'])
+def test_what_a_forward_pass_draws_is_drawn_alike(kind: str) -> None:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(2))
+    plain = error(quantized('none', [x]), Sampler(Head()).eval(), x)
+    # Of different samples, the fit would make it several times worse.
+    assert error(quantized(kind, [x]), Sampler(Head()).eval(), x) < 1.1 * plain
+
+
+def test_the_random_state_is_left_alone(toy_vit: Make, images: Tensor) -> None:
+    model = toy_vit()
+    gplq.prepare(model, gplq.Recipe.gplq(4, 4, compensation='ridge'), images[:2])
+    gplq.calibrate(model, [images])
+    state = torch.random.get_rng_state()
+    gplq.quantize_weights(model, [images])
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize('kind', ['erq', 'affine'])
+def test_batches_that_do_not_reach_a_layer_are_passed_over(kind: str) -> None:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(2))
+    found = quantized(kind, [torch.zeros(4, 8), x, torch.zeros(4, 8)])
+    alone = quantized(kind, [torch.zeros(4, 8), x])
+    assert error(found, alone, x) == 0
