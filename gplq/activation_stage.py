@@ -21,6 +21,7 @@ from gplq.quantizer import Quantizer
 from gplq.record import Stage, record_of, scale_parameters, weight_views
 from gplq.running_statistics import RunningStatistics
 from gplq.typecheck import check_types
+from gplq.weight_training import weight_regularization
 from gplq.weights import WeightQuantizer
 
 __all__ = [
@@ -49,6 +50,9 @@ class ActivationStage:
         reduction: of the feature loss, see :class:`gplq.MimickingLoss`; the default has the same weight for features
             of any size: a detector's maps are not normalized, and their sum would drown the task's loss.
         pca_samples: images for the PCA.
+        regularization: largest factor of the bin regularization of weights that are rounded in training
+            (:func:`gplq.bin_regularization.bin_regularization`), 0 to leave it out.
+        regularization_start: share of the stage before it begins.
     """
 
     lr: float | None = None
@@ -59,10 +63,12 @@ class ActivationStage:
     rank: int | None = None
     reduction: Reduction = 'relative'
     pca_samples: int = 512
+    regularization: float = 0.0
+    regularization_start: float = 0.25
 
     def __post_init__(self) -> None:
         check_types(vars(self), get_type_hints(ActivationStage))
-        for name in ('lr', 'scale_lr', 'weight_decay', 'mimicking_weight'):
+        for name in ('lr', 'scale_lr', 'weight_decay', 'mimicking_weight', 'regularization'):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise RecipeError(f'{name}={value} must be finite and not negative')
@@ -72,6 +78,8 @@ class ActivationStage:
             raise RecipeError(f'explained_variance={self.explained_variance} must be in (0, 1]')
         if self.pca_samples < 1:
             raise RecipeError(f'pca_samples={self.pca_samples} must be at least 1')
+        if not 0 <= self.regularization_start <= 1:
+            raise RecipeError(f'regularization_start={self.regularization_start} must be in [0, 1]')
 
 
 def learning_rates(stage: ActivationStage, iterations: int | None) -> tuple[float, float]:
@@ -221,7 +229,10 @@ def train_activations(
         if view.map.weight is not None:
             view.map.weight.forget_proposal()
     device = next(model.parameters()).device
-    groups = parameter_groups(model, stage, _steps(loader, epochs) if iterations is None else iterations)
+    length = _steps(loader, epochs) if iterations is None else iterations
+    if stage.regularization > 0 and length is None:
+        raise RecipeError('regularization grows with the share of the stage that is over: pass iterations for a stream')
+    groups = parameter_groups(model, stage, length)
     if not groups:
         raise TrainingError('every weight and scale is frozen (requires_grad=False): there is nothing to train')
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
@@ -240,6 +251,10 @@ def train_activations(
             statistics = RunningStatistics(model)
             try:
                 total = _step_loss(model, batch, loss, forward, mimicking)
+                if stage.regularization > 0:
+                    share = min(1.0, number / (length or 1))
+                    start = stage.regularization_start
+                    total = total + weight_regularization(model, share, stage.regularization, start)
                 check_finite(float(total.detach()), number)
                 optimizer.zero_grad(set_to_none=True)
                 total.backward()  # type: ignore[no-untyped-call]

@@ -160,13 +160,17 @@ class WeightQuantizer(SinglePrecision):
         size is left out: an input scale that grows does not make the weight's steps larger.
         """
         assert self.log_scale is not None
-        rows = weight.shape[0]
-        matrix = weight.reshape(rows, -1)
+        matrix = weight.reshape(weight.shape[0], -1)
         relative = _relative(column_scale)
         factor = (matrix.shape[1] * self.spec.qmax) ** -0.5
         folded = matrix * relative
         y = fake_quantize(folded, self.log_scale.exp()[:, None], self.spec.qmin, self.spec.qmax, None, factor)
         return (y / relative).reshape(weight.shape).to(weight.dtype)
+
+    def on_grid(self, matrix: Tensor, column_scale: Tensor) -> tuple[Tensor, Tensor]:
+        """While it learns: a weight ``(rows, columns)`` as it is rounded, and the step of each row."""
+        assert self.log_scale is not None
+        return matrix * _relative(column_scale), self.log_scale.detach().exp()
 
     @torch.no_grad()
     def settle_learning(self, column_scale: Tensor) -> WeightScales:

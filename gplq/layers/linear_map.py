@@ -93,6 +93,12 @@ class WeightView:
         weight = self._slice()
         return weight.reshape(weight.shape[0], -1)
 
+    def trained_matrix(self) -> Tensor:
+        """The weight as ``(rows, columns)`` with its gradient."""
+        weight: Tensor = getattr(self.owner, self.parameter)
+        weight = weight if self.rows is None else weight[self.first_row : self.first_row + self.rows]
+        return weight.reshape(weight.shape[0], -1)
+
     def bias_vector(self) -> Tensor | None:
         """The owner's bias ``(rows,)``, None if it has none."""
         bias: Tensor | None = getattr(self.owner, self.bias, None)

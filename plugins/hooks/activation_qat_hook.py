@@ -35,6 +35,7 @@ from gplq.plugins.hooks.model import (
 )
 from gplq.plugins.hooks.progress import logged_progress
 from gplq.plugins.hooks.randomness import seeded
+from gplq.plugins.hooks.regularization import RegularizationTerm
 from gplq.plugins.hooks.replay import Replay
 from gplq.plugins.hooks.report import Report, evaluate
 from gplq.plugins.hooks.resume import (
@@ -60,6 +61,7 @@ from gplq.plugins.safe_load import allow_mmengine_objects
 from gplq.prepare import prepare
 from gplq.record import Stage, is_prepared, record_of
 from gplq.serialization import adopt, describe, restore
+from gplq.weight_training import Oscillations
 
 __all__ = ['ActivationQATHook']
 
@@ -80,6 +82,7 @@ class ActivationQATHook(Hook):
         self._attached = ExitStack()
         self._last_validation: tuple[int, dict[str, float]] = (-1, {})
         self._clock = Stopwatch()
+        self._oscillations = Oscillations()
         self._done = False
         self._replay: Replay | None = None
         self._resumed: dict[str, Any] = {}
@@ -238,6 +241,9 @@ class ActivationQATHook(Hook):
         """Add the feature loss to the model's losses and watch that they stay finite."""
         if self.settings.trains:
             self._attached.enter_context(StepGuard(runner).attached(model, runner.optim_wrapper.optimizer))
+            if self.settings.stage.regularization > 0:
+                term = RegularizationTerm(runner, self.settings.stage)
+                self._attached.callback(model.register_forward_hook(term, prepend=True).remove)
         if not self.settings.trains or self.settings.stage.mimicking_weight == 0:
             return
         if resumed:
@@ -261,6 +267,13 @@ class ActivationQATHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         if self._replay is not None:
             self._replay.seed_step(runner.iter)
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        if self.settings.recipe.train_weights:
+            self._oscillations.update(model_of(runner))
+            runner.message_hub.update_scalar('train/oscillating', self._oscillations.share())
 
     def before_val_epoch(self, runner: Runner) -> None:
         self._clock.stop()

@@ -46,6 +46,11 @@ class GPLQHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         self.activation_stage.before_train_iter(runner, batch_idx, data_batch)
 
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        self.activation_stage.after_train_iter(runner, batch_idx, data_batch, outputs)
+
     def before_val_epoch(self, runner: Runner) -> None:
         self.activation_stage.before_val_epoch(runner)
 

@@ -83,6 +83,12 @@ class WeightPTQHook(Hook):
         if self._alone:
             self._activations.before_train_iter(runner, batch_idx, data_batch)
 
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        if self._alone:
+            self._activations.after_train_iter(runner, batch_idx, data_batch, outputs)
+
     def before_val_epoch(self, runner: Runner) -> None:
         if self._alone:
             self._activations.before_val_epoch(runner)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 import gplq
 from gplq.activation_stage import parameter_groups
+from gplq.bin_regularization import bin_regularization
 from gplq.errors import RecipeError
 from gplq.record import floating_point, scale_parameters, weight_views
 from gplq.serialization import describe, restore
+from gplq.weight_training import Oscillations, weight_regularization
 from gplq.weights import WeightQuantizer
 
 Make = Callable[..., nn.Module]
@@ -80,6 +82,48 @@ def test_training_lowers_the_loss_of_the_quantized_model(toy_vit: Make, images: 
     gplq.quantize_weights(model, [images])
     assert trained < 0.7 * start
     assert loss() == pytest.approx(trained, rel=1e-3)
+
+
+def test_regularization_adds_up_over_weights_and_draws_them_to_their_bins(toy_vit: Make, images: Tensor) -> None:
+    model = calibrated(toy_vit, images, bits=3)
+    expected = 0.0
+    for _, view in weight_views(model):
+        quantizer = view.map.weight
+        scale = view.map.column_scale
+        # Without the geometric mean of the input's scales, as the weight is rounded.
+        folded = view.matrix() * (scale / scale.log().mean().exp())
+        expected += float(
+            bin_regularization(folded, quantizer.log_scale.exp(), quantizer.spec.qmin, quantizer.spec.qmax)
+        )
+    assert float(weight_regularization(model, 1.0, 0.5)) == pytest.approx(0.5 * expected, rel=1e-5)
+    assert float(weight_regularization(model, 0.2, 0.5)) == 0
+    labels = torch.arange(len(images)) % 5
+    distances = []
+    for strength in (0.0, 10.0):
+        model = calibrated(toy_vit, images, bits=3)
+        stage = gplq.ActivationStage(lr=1e-3, scale_lr=0.0, regularization=strength, regularization_start=0.0)
+        gplq.train_activations(model, [(images, labels)], iterations=30, stage=stage)
+        distances.append(float(weight_regularization(model, 1.0, 1.0)))
+    assert distances[1] < 0.7 * distances[0]
+    with pytest.raises(RecipeError, match='pass iterations for a stream'):
+        gplq.train_activations(model, (pair for pair in [(images, labels)]), stage=stage)
+    for settings in (dict(regularization=-1.0), dict(regularization_start=2.0)):
+        with pytest.raises(RecipeError, match='regularization'):
+            gplq.ActivationStage(**settings)
+
+
+def test_oscillations_are_counted_over_all_weights(toy_vit: Make, images: Tensor) -> None:
+    model = calibrated(toy_vit, images, bits=2)
+    oscillations = Oscillations(momentum=0.5)
+    assert oscillations.share() == 0
+    view = next(v for _, v in weight_views(model) if v.name == 'blocks.0.fc1')
+    weight = view.owner.weight
+    for sign in (1, -1, 1, -1):
+        with torch.no_grad():
+            weight[0] = sign * weight[0].abs().clamp(min=1.0)
+        oscillations.update(model)
+    count = sum(v.matrix().numel() for _, v in weight_views(model))
+    assert oscillations.share() == pytest.approx(weight.shape[1] / count)
 
 
 def test_floating_point_means_weights_too(toy_vit: Make, images: Tensor) -> None:

@@ -261,3 +261,15 @@ def test_control_and_quantized_training_draw_the_same_numbers(make_config: Calla
         runner.train()
     assert seen[0].drawn == seen[1].drawn == seen[2].drawn
     assert torch.equal(seen[0].images, seen[1].images) and torch.equal(seen[0].images, seen[2].images)
+
+
+def test_weights_in_training_are_regularized_and_their_oscillations_logged(
+    train: Callable[..., Runner], log_of: Callable[[Runner], str]
+) -> None:
+    stage = dict(lr=1e-3, regularization=1.0, regularization_start=0.5)
+    log = log_of(train('vvtq', method='lsq', iterations=6, stage=stage))
+    found = [float(value) for value in re.findall(r'loss_regularization: ([\d.]+)', log)]
+    assert found[0] == 0 and found[-1] > 0
+    assert 'oscillating: 0.' in log
+    plain = log_of(train('plain', iterations=6))
+    assert 'oscillating' not in plain and 'loss_regularization' not in plain

@@ -1,0 +1,66 @@
+"""What is watched and added while weights are rounded in training: regularization of bins, count of oscillations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from gplq.bin_regularization import bin_regularization, regularization_weight
+from gplq.oscillation import OscillationCount
+from gplq.record import weight_views
+from gplq.spec import QuantizerSpec
+
+__all__ = ['Oscillations', 'weight_regularization']
+
+
+def _learning(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, QuantizerSpec]]:
+    """Name, weight on its grid, step of each row and codes' bounds of every weight that is rounded in training."""
+    for _, view in weight_views(model):
+        quantizer = view.map.weight
+        if quantizer is not None and quantizer.learning:
+            yield view.name, *quantizer.on_grid(view.trained_matrix(), view.map.column_scale), quantizer.spec
+
+
+def weight_regularization(model: nn.Module, progress: float, largest: float, start: float = 0.25) -> Tensor:
+    """Regularization of all weights that are rounded in training (VVTQ), with the factor for now; 0 if there are none.
+
+    Args:
+        model: in the activation stage, with ``train_weights``.
+        progress: share of the training that is over, 0 to 1.
+        largest: factor at the end.
+        start: share of the training before it begins.
+    """
+    factor = regularization_weight(progress, largest, start)
+    total = torch.zeros((), device=next(model.parameters()).device)
+    if factor == 0:
+        return total
+    for _, matrix, steps, spec in _learning(model):
+        total = total + bin_regularization(matrix, steps, spec.qmin, spec.qmax)
+    return factor * total
+
+
+class Oscillations:
+    """Counts the weights of a model that go back and forth between two codes.
+
+    Args:
+        momentum: of the moving average of each weight's frequency.
+    """
+
+    def __init__(self, momentum: float = 0.01) -> None:
+        self.momentum = momentum
+        self.counts: dict[str, OscillationCount] = {}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Look at the codes after a step."""
+        for name, matrix, steps, spec in _learning(model):
+            codes = (matrix / steps[:, None]).round().clamp_(spec.qmin, spec.qmax)
+            self.counts.setdefault(name, OscillationCount(self.momentum)).update(codes)
+
+    def share(self, threshold: float = 0.005) -> float:
+        """How many of all weights, as a fraction, oscillate more often than ``threshold`` a step."""
+        found = [count.frequency for count in self.counts.values() if count.frequency is not None]
+        total = sum(frequency.numel() for frequency in found)
+        return sum(int((frequency > threshold).sum()) for frequency in found) / total if total else 0.0
