@@ -21,7 +21,7 @@ from gplq.quantizer import Quantizer
 from gplq.record import Stage, record_of, scale_parameters, weight_views
 from gplq.running_statistics import RunningStatistics
 from gplq.typecheck import check_types
-from gplq.weight_training import weight_regularization
+from gplq.weight_training import ConfidenceAnnealing, weight_regularization
 from gplq.weights import WeightQuantizer
 
 __all__ = [
@@ -53,6 +53,8 @@ class ActivationStage:
         regularization: largest factor of the bin regularization of weights that are rounded in training
             (:func:`gplq.bin_regularization.bin_regularization`), 0 to leave it out.
         regularization_start: share of the stage before it begins.
+        annealing: share at the stage's end in which only weights near a boundary between two codes go on learning
+            (:class:`gplq.weight_training.ConfidenceAnnealing`), 0 for none.
     """
 
     lr: float | None = None
@@ -65,6 +67,7 @@ class ActivationStage:
     pca_samples: int = 512
     regularization: float = 0.0
     regularization_start: float = 0.25
+    annealing: float = 0.0
 
     def __post_init__(self) -> None:
         check_types(vars(self), get_type_hints(ActivationStage))
@@ -78,8 +81,9 @@ class ActivationStage:
             raise RecipeError(f'explained_variance={self.explained_variance} must be in (0, 1]')
         if self.pca_samples < 1:
             raise RecipeError(f'pca_samples={self.pca_samples} must be at least 1')
-        if not 0 <= self.regularization_start <= 1:
-            raise RecipeError(f'regularization_start={self.regularization_start} must be in [0, 1]')
+        for name in ('regularization_start', 'annealing'):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(f'{name}={getattr(self, name)} must be in [0, 1]')
 
 
 def learning_rates(stage: ActivationStage, iterations: int | None) -> tuple[float, float]:
@@ -230,8 +234,9 @@ def train_activations(
             view.map.weight.forget_proposal()
     device = next(model.parameters()).device
     length = _steps(loader, epochs) if iterations is None else iterations
-    if stage.regularization > 0 and length is None:
-        raise RecipeError('regularization grows with the share of the stage that is over: pass iterations for a stream')
+    if (stage.regularization > 0 or stage.annealing > 0) and length is None:
+        raise RecipeError('regularization and annealing go by the share of the stage that is over: pass iterations')
+    annealing = ConfidenceAnnealing(model)
     groups = parameter_groups(model, stage, length)
     if not groups:
         raise TrainingError('every weight and scale is frozen (requires_grad=False): there is nothing to train')
@@ -251,8 +256,8 @@ def train_activations(
             statistics = RunningStatistics(model)
             try:
                 total = _step_loss(model, batch, loss, forward, mimicking)
+                share = min(1.0, number / (length or 1))
                 if stage.regularization > 0:
-                    share = min(1.0, number / (length or 1))
                     start = stage.regularization_start
                     total = total + weight_regularization(model, share, stage.regularization, start)
                 check_finite(float(total.detach()), number)
@@ -262,7 +267,10 @@ def train_activations(
             except TrainingError:
                 statistics.restore()
                 raise
+            if stage.annealing > 0 and share >= 1 - stage.annealing:
+                annealing.before_step()
             optimizer.step()
+            annealing.after_step()
 
 
 def _steps(loader: Iterable[Any], epochs: int) -> int | None:

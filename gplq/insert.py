@@ -55,7 +55,7 @@ def _insert_map(model: nn.Module, plan: MapPlan, whole: Plan) -> None:
             plan.rows,
             asymmetric=recipe.weight_scheme == 'percentile_asymmetric',
             folded=recipe.fold,
-            learned=recipe.train_weights,
+            learned=recipe.trained_steps if recipe.train_weights else None,
         )
     a_map = LinearMap(None if plan.input is None else _quantizer(plan.input), weight, plan.rows)
     a_map.to(_device(module))

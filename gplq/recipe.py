@@ -24,6 +24,7 @@ WEIGHT_STAGE_FIELDS = frozenset(
 Rounding = Literal['feedback', 'nearest', 'reconstruct']
 WeightScheme = Literal['percentile', 'percentile_asymmetric', 'mse', 'min_max', 'searched']
 Compensation = Literal['none', 'qwt', 'ridge', 'erq', 'affine']
+TrainedSteps = Literal['lsq', 'norm', 'statistics']
 GeluOutput = Literal['signed', 'unsigned_offset', 'twin_uniform']
 
 
@@ -58,6 +59,8 @@ class Recipe:
         equalize: even out query and key channels in the weights where nothing else reads them.
         train_weights: round weights while the activation stage trains, with learned scales (LSQ): quantization-aware
             training of both, whose weights the weight stage takes as they are.
+        trained_steps: how these weights' steps are found: ``'lsq'`` learns them, ``'norm'`` too with VVTQ's
+            module-dependent factor of the gradient, ``'statistics'`` follows the mean size of each row (OFQ).
         weight_scheme: how weight scales are chosen, always one an output channel; ``'searched'`` takes those of
             :func:`gplq.search_scales`.
         rounding: ``'nearest'``, or ``'feedback'``: columns make up for the rounding of those before them (GPTQ), and
@@ -86,6 +89,7 @@ class Recipe:
     attention_map: Scheme = 'uniform'
     equalize: bool = True
     train_weights: bool = False
+    trained_steps: TrainedSteps = 'lsq'
     weight_scheme: WeightScheme = 'mse'
     rounding: Rounding = 'feedback'
     compensation: Compensation = 'none'
@@ -114,6 +118,8 @@ class Recipe:
             )
         if self.train_weights and self.rounding == 'reconstruct':
             raise RecipeError("train_weights=True learns the weights' rounding already: set rounding='nearest'")
+        if self.trained_steps != 'lsq' and not self.train_weights:
+            raise RecipeError(f'trained_steps={self.trained_steps!r} is for train_weights=True, which is not set')
         if not self.fold and self.compensation != 'none':
             raise RecipeError("fold=False is an ablation of the plain weight stage: set compensation='none'")
 
@@ -211,6 +217,12 @@ class Recipe:
         """Plain quantization-aware training of weights and activations together (LSQ)."""
         chosen: dict[str, Any] = {'train_weights': True, 'equalize': False, 'rounding': 'nearest'}
         return cls.gplq(weight_bits, activation_bits, **{**chosen, **settings})
+
+    @classmethod
+    def vvtq(cls, weight_bits: int = 4, activation_bits: int = 4, **settings: Any) -> Recipe:
+        """Variation-aware quantization-aware training: LSQ with a factor a module, offsets behind GELUs."""
+        chosen: dict[str, Any] = {'trained_steps': 'norm', 'linear_input': 'tensor', 'gelu_output': 'unsigned_offset'}
+        return cls.lsq(weight_bits, activation_bits, **{**chosen, **settings})
 
     @classmethod
     def reconstruct(cls, weight_bits: int = 4, activation_bits: int = 4, **settings: Any) -> Recipe:

@@ -1,4 +1,4 @@
-"""What is watched and added while weights are rounded in training: regularization of bins, count of oscillations."""
+"""While weights are rounded in training: bins are regularized, oscillations counted, settled weights held."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gplq.oscillation import OscillationCount
 from gplq.record import weight_views
 from gplq.spec import QuantizerSpec
 
-__all__ = ['Oscillations', 'weight_regularization']
+__all__ = ['ConfidenceAnnealing', 'Oscillations', 'weight_regularization']
 
 
 def _learning(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, QuantizerSpec]]:
@@ -64,3 +64,44 @@ class Oscillations:
         found = [count.frequency for count in self.counts.values() if count.frequency is not None]
         total = sum(frequency.numel() for frequency in found)
         return sum(int((frequency > threshold).sum()) for frequency in found) / total if total else 0.0
+
+
+class ConfidenceAnnealing:
+    """Lets only weights near a boundary between two codes go on learning (OFQ's confidence-guided annealing).
+
+    Those move back and forth because the others do; with the others held they settle. A step of the optimizer would
+    move a held weight by its momentum, so its value is put back behind the step.
+
+    Args:
+        model: in the activation stage, with ``train_weights``.
+        boundary: distance in steps within which a weight goes on.
+    """
+
+    def __init__(self, model: nn.Module, boundary: float = 0.005) -> None:
+        self.model = model
+        self.boundary = boundary
+        self._held: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Choose the weights to hold, and remember their values."""
+        self._held = []
+        for _, view in weight_views(self.model):
+            quantizer = view.map.weight
+            if quantizer is None or not quantizer.learning:
+                continue
+            matrix = view.trained_matrix()
+            folded, steps = quantizer.on_grid(matrix, view.map.column_scale)
+            position = folded / steps[:, None]
+            # Boundaries lie at the halves between codes; beyond the last codes there are none.
+            nearest = position.floor() + 0.5
+            between = (nearest > quantizer.spec.qmin) & (nearest < quantizer.spec.qmax)
+            held = ~between | ((position - nearest).abs() > self.boundary)
+            self._held.append((matrix, matrix.clone(), held))
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Put the held weights back."""
+        for matrix, before, held in self._held:
+            matrix.copy_(torch.where(held, before, matrix))
+        self._held = []

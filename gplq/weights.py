@@ -121,17 +121,20 @@ class WeightQuantizer(SinglePrecision):
         rows: output channels.
         asymmetric: whether there is a zero point a row.
         folded: whether codes are those of ``weight * input scale``.
-        learned: whether weights are rounded while the model is trained, with scales that learn (LSQ, Esser et al.
-            2020); ``log_scale`` is gone once the weight stage has settled them.
+        learned: for weights that are rounded while the model is trained, how their steps are found, see
+            :class:`gplq.Recipe`; ``log_scale`` is gone once the weight stage has settled them.
     """
 
     scale: Tensor
     zero_point: Tensor | None
 
-    def __init__(self, bits: int, rows: int, *, asymmetric: bool, folded: bool, learned: bool = False) -> None:
+    def __init__(self, bits: int, rows: int, *, asymmetric: bool, folded: bool, learned: str | None = None) -> None:
         super().__init__()
         self.learning = False
-        self.log_scale = nn.Parameter(torch.zeros(rows)) if learned else None
+        self.learned = learned
+        self.log_scale = None
+        if learned is not None:
+            self.log_scale = nn.Parameter(torch.zeros(rows), requires_grad=learned != 'statistics')
         self.spec = QuantizerSpec(bits, signed=not asymmetric, granularity='channel', offset=asymmetric)
         self.folded = folded
         self.enabled = False
@@ -148,13 +151,38 @@ class WeightQuantizer(SinglePrecision):
     def start_learning(self, weight: Tensor, column_scale: Tensor) -> None:
         """Take the scales of least squared error of ``weight``, ``(rows, columns)``, and round it from now on."""
         assert self.log_scale is not None
-        relative = _relative(column_scale)
-        scales = choose_weight_scales(weight.float() * relative, self.spec.bits, 'mse')
-        self.log_scale.copy_(scales.scale.log())
+        folded = weight.float() * _relative(column_scale)
+        if self.learned == 'statistics':
+            self._follow(folded)
+        else:
+            self.log_scale.copy_(choose_weight_scales(folded, self.spec.bits, 'mse').scale.log())
         self.learning = True
 
+    @torch.no_grad()
+    def _follow(self, folded: Tensor) -> None:
+        """Steps by which twice the mean size of a row takes half of the codes (OFQ's StatsQ).
+
+        The released code's levels lie between whole numbers; these are whole, as the integer product needs them.
+        """
+        assert self.log_scale is not None
+        step = 2 * folded.abs().mean(dim=1) / 2 ** (self.spec.bits - 1)
+        self.log_scale.copy_(step.clamp(min=torch.finfo(torch.float32).tiny).log())
+
+    def _steps(self, folded: Tensor) -> Tensor:
+        """The step of each row, ``(rows,)``, with the gradient that training takes."""
+        assert self.log_scale is not None
+        if self.learned == 'statistics':
+            if torch.is_grad_enabled():
+                self._follow(folded.detach())
+            return self.log_scale.detach().exp()
+        if self.learned != 'norm':
+            return self.log_scale.exp()
+        # VVTQ's factor has the sum of sizes where LSQ's has their number: 1 / sqrt(qmax * ||w||_1).
+        factor = folded.detach().abs().mean(dim=1).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
+        return (self.log_scale * factor + (self.log_scale * (1 - factor)).detach()).exp()
+
     def rounded(self, weight: Tensor, column_scale: Tensor) -> Tensor:
-        """``weight``, of a Linear or a convolution, on the grid of the learned scales; with LSQ's gradients.
+        """``weight``, of a Linear or a convolution, on the grid of its steps; with LSQ's gradients.
 
         The grid is that of the weight with the input scales folded in, so that the weight stage keeps it. Their common
         size is left out: an input scale that grows does not make the weight's steps larger.
@@ -164,7 +192,7 @@ class WeightQuantizer(SinglePrecision):
         relative = _relative(column_scale)
         factor = (matrix.shape[1] * self.spec.qmax) ** -0.5
         folded = matrix * relative
-        y = fake_quantize(folded, self.log_scale.exp()[:, None], self.spec.qmin, self.spec.qmax, None, factor)
+        y = fake_quantize(folded, self._steps(folded)[:, None], self.spec.qmin, self.spec.qmax, None, factor)
         return (y / relative).reshape(weight.shape).to(weight.dtype)
 
     def on_grid(self, matrix: Tensor, column_scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,14 @@
 
 from typing import Any
 
-__all__ = ['ActivationQATHook', 'FeatureDistillationHook', 'GPLQHook', 'PTQ4ViTHook', 'WeightPTQHook']
+__all__ = [
+    'ActivationQATHook',
+    'FeatureDistillationHook',
+    'GPLQHook',
+    'PTQ4ViTHook',
+    'VariationAwareQATHook',
+    'WeightPTQHook',
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     'fp32_control': {'method': 'gplq', 'weight_bits': 32, 'activation_bits': 32},
     'gplq': {'method': 'gplq'},
     'lsq': {'method': 'lsq'},
+    'vvtq': {'method': 'vvtq'},
     **{
         name: {'method': name, 'iterations': 0}
         for name in ('rtn', 'ptq4vit', 'repq_vit', 'gptq', 'qwt', 'erq', 'reconstruct')

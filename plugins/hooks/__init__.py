@@ -4,6 +4,14 @@ from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
 from gplq.plugins.hooks.distillation_hook import FeatureDistillationHook
 from gplq.plugins.hooks.gplq_hook import GPLQHook
 from gplq.plugins.hooks.ptq4vit_hook import PTQ4ViTHook
+from gplq.plugins.hooks.variation_aware_qat_hook import VariationAwareQATHook
 from gplq.plugins.hooks.weight_ptq_hook import WeightPTQHook
 
-__all__ = ['ActivationQATHook', 'FeatureDistillationHook', 'GPLQHook', 'PTQ4ViTHook', 'WeightPTQHook']
+__all__ = [
+    'ActivationQATHook',
+    'FeatureDistillationHook',
+    'GPLQHook',
+    'PTQ4ViTHook',
+    'VariationAwareQATHook',
+    'WeightPTQHook',
+]

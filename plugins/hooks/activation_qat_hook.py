@@ -61,7 +61,7 @@ from gplq.plugins.safe_load import allow_mmengine_objects
 from gplq.prepare import prepare
 from gplq.record import Stage, is_prepared, record_of
 from gplq.serialization import adopt, describe, restore
-from gplq.weight_training import Oscillations
+from gplq.weight_training import ConfidenceAnnealing, Oscillations
 
 __all__ = ['ActivationQATHook']
 
@@ -83,6 +83,7 @@ class ActivationQATHook(Hook):
         self._last_validation: tuple[int, dict[str, float]] = (-1, {})
         self._clock = Stopwatch()
         self._oscillations = Oscillations()
+        self._annealing: ConfidenceAnnealing | None = None
         self._done = False
         self._replay: Replay | None = None
         self._resumed: dict[str, Any] = {}
@@ -244,6 +245,8 @@ class ActivationQATHook(Hook):
             if self.settings.stage.regularization > 0:
                 term = RegularizationTerm(runner, self.settings.stage)
                 self._attached.callback(model.register_forward_hook(term, prepend=True).remove)
+            if self.settings.stage.annealing > 0:
+                self._annealing = ConfidenceAnnealing(model)
         if not self.settings.trains or self.settings.stage.mimicking_weight == 0:
             return
         if resumed:
@@ -267,10 +270,15 @@ class ActivationQATHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         if self._replay is not None:
             self._replay.seed_step(runner.iter)
+        share = 1 - self.settings.stage.annealing
+        if self._annealing is not None and runner.iter >= share * runner.max_iters:
+            self._annealing.before_step()
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
+        if self._annealing is not None:
+            self._annealing.after_step()
         if self.settings.recipe.train_weights:
             self._oscillations.update(model_of(runner))
             runner.message_hub.update_scalar('train/oscillating', self._oscillations.share())

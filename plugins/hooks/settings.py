@@ -26,9 +26,14 @@ METHODS = {
     'erq': Recipe.erq,
     'reconstruct': Recipe.reconstruct,
     'lsq': Recipe.lsq,
+    'vvtq': Recipe.vvtq,
 }
 # Where a method's activation stage differs from the default.
-STAGES: dict[str, dict[str, Any]] = {'paper': {'reduction': 'sum', 'lr': 5e-6, 'scale_lr': 1e-3}}
+STAGES: dict[str, dict[str, Any]] = {
+    'paper': {'reduction': 'sum', 'lr': 5e-6, 'scale_lr': 1e-3},
+    # The labels teach, or a teacher's soft ones: features are not mimicked.
+    'vvtq': {'regularization': 0.01, 'mimicking_weight': 0.0},
+}
 Patterns = str | tuple[str, ...]
 LEAST = {'iterations': 0, 'minimum_iterations': 0, 'seed': 0, 'calibration_batch_size': 1, 'resume_interval': 0}
 
@@ -45,7 +50,10 @@ class Arguments(TypedDict, total=False):
     targets: Patterns | None
     skip: Patterns | None
     mimicking: bool | float | None
-    method: Literal['gplq', 'paper', 'rtn', 'ptq4vit', 'repq_vit', 'gptq', 'qwt', 'erq', 'reconstruct', 'lsq'] | None
+    method: (
+        Literal['gplq', 'paper', 'rtn', 'ptq4vit', 'repq_vit', 'gptq', 'qwt', 'erq', 'reconstruct', 'lsq', 'vvtq']
+        | None
+    )
     recipe: str | dict[str, Any] | None
     stage: dict[str, Any] | None
     search: dict[str, Any] | None

@@ -263,6 +263,16 @@ def test_control_and_quantized_training_draw_the_same_numbers(make_config: Calla
     assert torch.equal(seen[0].images, seen[1].images) and torch.equal(seen[0].images, seen[2].images)
 
 
+def test_variation_aware_training_is_a_hook_of_its_own(train: Train, steps_of: Steps) -> None:
+    def change(config: Config) -> None:
+        config.default_hooks.gplq.type = 'gplq.plugins.VariationAwareQATHook'
+
+    runner = train('vvtq', change=change, weight_bits=2, activation_bits=3, stage=dict(lr=1e-3, annealing=0.5))
+    assert [step['step'] for step in steps_of(runner)] == ['FP32', 'W2A3 trained', 'W2A3']
+    recipe = record_of(runner.model).plan.recipe
+    assert (recipe.train_weights, recipe.trained_steps, recipe.gelu_output) == (True, 'norm', 'unsigned_offset')
+
+
 def test_weights_in_training_are_regularized_and_their_oscillations_logged(
     train: Callable[..., Runner], log_of: Callable[[Runner], str]
 ) -> None:
