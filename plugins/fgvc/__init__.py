@@ -11,6 +11,7 @@ from .classifier import TimmClassifier  # noqa: E402
 from .cub import CUBDataset  # noqa: E402
 from .feature_cache import FeatureCacheHook  # noqa: E402
 from .metric import ClassificationMetric  # noqa: E402
+from .multi_crop import MultiCropDataset, collate_crops  # noqa: E402
 from .torchvision_dataset import TorchvisionDataset  # noqa: E402
 from .transforms import LoadImage, PackImage, TimmTransform, TorchvisionTransform  # noqa: E402
 
@@ -19,9 +20,11 @@ __all__ = [
     'ClassificationMetric',
     'FeatureCacheHook',
     'LoadImage',
+    'MultiCropDataset',
     'PackImage',
     'TimmClassifier',
     'TimmTransform',
     'TorchvisionDataset',
     'TorchvisionTransform',
+    'collate_crops',
 ]

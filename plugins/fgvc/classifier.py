@@ -127,8 +127,10 @@ class TimmClassifier(BaseModel):
         logits: Tensor = self.head(self.dropout(self.features(inputs)))
         return logits
 
-    def loss(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Cross-entropy of labels (N,)."""
+    def loss(self, inputs: Tensor, labels: Tensor, soft_labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Cross-entropy of labels (N,), or of soft ones (N, num_classes) in their place."""
+        if soft_labels is not None:
+            return {'loss_cls': F.cross_entropy(self.logits(inputs), soft_labels)}
         if self.mixup is not None and self.training and len(inputs) % 2 == 0:
             inputs, soft = self.mixup(inputs, labels)
             return {'loss_cls': -(soft * F.log_softmax(self.logits(inputs), -1)).sum(-1).mean()}
@@ -139,6 +141,7 @@ class TimmClassifier(BaseModel):
         inputs: Tensor,
         labels: Sequence[int] | Tensor | None = None,
         mode: str = 'tensor',
+        soft_labels: Sequence[Tensor] | Tensor | None = None,
         **about: Any,
     ) -> Any:
         """Logits, losses by name, or a list of predictions, as mmengine's modes say.
@@ -147,6 +150,7 @@ class TimmClassifier(BaseModel):
             inputs: images, or features of a cache.
             labels: classes by number; not needed for logits.
             mode: `tensor`, `loss` or `predict`.
+            soft_labels: a teacher's chances of the classes, one row an image, which the loss takes in place of labels.
             about: what else the data set says of the samples; passed on to the metric.
         """
         if mode == 'tensor':
@@ -154,7 +158,9 @@ class TimmClassifier(BaseModel):
         assert labels is not None
         labels = torch.as_tensor(labels, device=inputs.device)
         if mode == 'loss':
-            return self.loss(inputs, labels)
+            if soft_labels is not None and not isinstance(soft_labels, Tensor):
+                soft_labels = torch.stack(list(soft_labels))
+            return self.loss(inputs, labels, None if soft_labels is None else soft_labels.to(inputs.device))
         scores = self.logits(inputs).softmax(-1)
         names = about.get('img_path') or [''] * len(scores)
         return [

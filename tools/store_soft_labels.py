@@ -1,0 +1,82 @@
+"""Store what a classifier says of crops of its training images, for students to learn from (multi-crop distillation).
+
+Every image of the config's training data gets crops as RandomResizedCrop draws them, half of them mirrored; of each the
+likeliest classes are kept with their chances. `gplq.plugins.fgvc.MultiCropDataset` reads the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.utils import track_iter_progress
+from torchvision.transforms.v2 import RandomResizedCrop
+from torchvision.transforms.v2 import functional as F
+
+from gplq.errors import CheckpointError, DataError
+from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
+from gplq.plugins.fgvc.multi_crop import cut, paths_of
+from gplq.plugins.fgvc.soft_labels import Crops, top_chances, write_soft_labels
+from gplq.plugins.hooks.checkpoints import read_checkpoint, tensors_of
+
+EXAMPLE = """example:
+  python tools/store_soft_labels.py configs/swin-mini_objects100.py fp32.pth soft_labels.safetensors \\
+      --crops 50 --cfg-options data_root=data/objects100"""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help="the teacher's, whose training data is labeled")
+    parser.add_argument('checkpoint', help='its weights')
+    parser.add_argument('output', help='.safetensors')
+    parser.add_argument('--crops', type=int, default=50, help='of each image (default: %(default)s)')
+    parser.add_argument('--top', type=int, default=5, help='classes kept of each crop (default: %(default)s)')
+    parser.add_argument('--scale', nargs=2, type=float, default=[0.35, 1.0], help='share of the image (0.35 1.0)')
+    parser.add_argument('--seed', type=int, default=0, help='default: %(default)s')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default: %(default)s')
+    add_run_arguments(parser)
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def main() -> None:
+    args = parse_args()
+    cfg = read_config(args)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    model = MODELS.build(cfg.model)
+    try:
+        model.load_state_dict(tensors_of(read_checkpoint(args.checkpoint), args.checkpoint))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()[:200]
+        raise CheckpointError(f'{args.checkpoint} is not a checkpoint of {args.config}: {reason}') from None
+    model.eval().to(args.device)
+    num_classes = model.head.out_features
+    if args.crops < 1 or not 1 <= args.top <= num_classes:
+        raise DataError(f'--crops {args.crops} must be at least 1, --top {args.top} between 1 and {num_classes}')
+    config = cfg.train_dataloader.dataset
+    while 'dataset' in config:
+        config = config.dataset
+    dataset = DATASETS.build({**config, 'pipeline': [dict(type='gplq.plugins.fgvc.LoadImage')]})
+    size = int(model.backbone.img_size[0])
+    torch.manual_seed(args.seed)
+    found = []
+    for number in track_iter_progress(range(len(dataset))):
+        picture = dataset[number]['img']
+        draws = [RandomResizedCrop.get_params(picture, args.scale, (3 / 4, 4 / 3)) for _ in range(args.crops)]
+        boxes = torch.tensor([[left, top, width, height] for top, left, height, width in draws], dtype=torch.int16)
+        flips = torch.rand(args.crops) < 0.5
+        crops = [cut(picture, box, bool(flip), size) for box, flip in zip(boxes.tolist(), flips, strict=True)]
+        inputs = F.normalize(torch.stack(crops), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        classes, chances = top_chances(model(inputs.to(args.device)).cpu(), args.top)
+        found.append(Crops(boxes, flips, classes, chances))
+    whole = Crops(*(torch.stack([getattr(one, n) for one in found]) for n in ('boxes', 'flips', 'classes', 'chances')))
+    write_soft_labels(args.output, whole, paths_of(dataset), num_classes, Path(args.config).stem, size)
+    print(f'\n{len(dataset)} images with {args.crops} crops each: {args.output}')
+
+
+if __name__ == '__main__':
+    exit_on_error(main)
