@@ -1,0 +1,224 @@
+"""What quantization meets and does at every site of a prepared model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gplq.batches import Forward, bounded, default_forward
+from gplq.progress import Progress, no_progress
+from gplq.quantizer import Quantizer
+from gplq.record import Stage, named_products, named_quantizers, record_of, weight_views
+from gplq.spec import FLOAT_BITS
+from gplq.trace import evaluating
+from gplq.variation import Distribution, Variation
+from gplq.weights import choose_weight_scales, restore_weight, round_weight
+
+__all__ = ['SiteReport', 'analyze', 'isolated']
+
+_BINS = 128
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One activation site or weight.
+
+    Attributes:
+        name: the module, and of a product its site.
+        kind: such as ``'linear_input'``, ``'query'`` or ``'weight'``.
+        bits: of the site.
+        distribution: of the values before they are rounded.
+        sqnr: ten times the decimal logarithm of the values' mean square over the rounding error's; None where the
+            values before rounding are no longer known.
+        histogram: counts in equal bins from ``low`` to ``high``.
+        low: the smallest value seen.
+        high: the largest.
+        grid: values of the codes of the median scale, from the least to the largest; empty for 8 bits.
+    """
+
+    name: str
+    kind: str
+    bits: int
+    distribution: Distribution
+    sqnr: float | None
+    histogram: tuple[int, ...]
+    low: float
+    high: float
+    grid: tuple[float, ...]
+
+
+class _Seen:
+    """Sums of one site over batches."""
+
+    def __init__(self, *, on_maps: bool) -> None:
+        self.on_maps = on_maps
+        self.variation = Variation()
+        self.signal = self.noise = 0.0
+        self.ends = (math.inf, -math.inf)
+        self.counts = torch.zeros(_BINS)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        # Channels last: maps of convolutions have them second.
+        self.variation.add(x.movedim(1, -1) if self.on_maps else x)
+        self.signal += float(x.double().square().sum())
+        self.noise += float((x.double() - y.double()).square().sum())
+        self.ends = (min(self.ends[0], float(x.min())), max(self.ends[1], float(x.max())))
+
+    def count(self, x: Tensor) -> None:
+        low, high = self.ends
+        self.counts += torch.histc(x.float().cpu(), _BINS, low, high if high > low else low + 1)
+
+    @property
+    def sqnr(self) -> float:
+        if self.noise == 0:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal > 0 else -math.inf
+
+
+def analyze(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Forward = default_forward,
+    samples: int = 64,
+    progress: Progress = no_progress,
+) -> list[SiteReport]:
+    """Describe every activation site and weight, in the order of the forward pass.
+
+    Activations are those of the model as it is, with all other sites quantized. Weights that are not rounded yet are
+    compared with what rounding to nearest by least squared error makes of them.
+
+    Args:
+        model: calibrated, or quantized.
+        batches: data; read twice, for the ends and for the histograms.
+        forward: runs one batch.
+        samples: to read.
+        progress: wraps an iterable to show how far it is.
+
+    Raises:
+        StageError: if the model is not calibrated.
+        CalibrationError: if there is no batch.
+    """
+    record = record_of(model, Stage.CALIBRATED, Stage.QUANTIZED)
+    chosen = list(bounded(batches, samples))
+    kinds = {name: plan.site for name, plan in record.plan.operands().items()}
+    seen = {name: _Seen(on_maps=kinds[name] in ('conv_input', 'patch_embed_input')) for name in kinds}
+    with evaluating(model), torch.no_grad():
+        for step in ('add', 'count'):
+            with _watching(model, seen, step):
+                for batch in progress(chosen, 'analyze' if step == 'add' else 'histograms'):
+                    forward(model, batch)
+    reports = []
+    for name, quantizer in named_quantizers(model):
+        distribution = seen[name].variation.distribution()
+        if distribution is not None:
+            reports.append(_report(name, kinds[name], quantizer, seen[name], distribution))
+    reports += [_weight_report(*pair) for pair in weight_views(model) if pair[0].weight_bits != FLOAT_BITS]
+    return reports
+
+
+@contextmanager
+def _watching(model: nn.Module, seen: dict[str, _Seen], step: str) -> Iterator[None]:
+    """Look at what goes into each quantizer and what comes out."""
+    handles = []
+    for name, quantizer in named_quantizers(model):
+
+        def look(module: nn.Module, args: tuple[Any, ...], y: Tensor, site: _Seen = seen[name]) -> None:
+            if step == 'add':
+                site.add(args[0], y)
+            else:
+                site.count(args[0])
+
+        handles.append(quantizer.register_forward_hook(look))
+    # With somebody watching, layers and products call their quantizers one by one.
+    watched: list[Any] = [view.map for _, view in weight_views(model)] + [p for _, p in named_products(model)]
+    for module in watched:
+        module.watcher = lambda *tensors: None
+    try:
+        yield
+    finally:
+        for module in watched:
+            module.watcher = None
+        for handle in handles:
+            handle.remove()
+
+
+def _report(name: str, kind: str, quantizer: Quantizer, seen: _Seen, distribution: Distribution) -> SiteReport:
+    spec = quantizer.spec
+    grid: tuple[float, ...] = ()
+    if spec.bits < 8 and spec.scheme == 'uniform' and quantizer.enabled:
+        scale = float(quantizer.scale.detach().median())
+        shift = 0.0 if quantizer.offset is None else float(quantizer.offset.detach().median())
+        grid = tuple(scale * (code + shift) for code in range(spec.qmin, spec.qmax + 1))
+    counts = tuple(int(count) for count in seen.counts)
+    return SiteReport(name, kind, spec.bits, distribution, seen.sqnr, counts, *seen.ends, grid)
+
+
+@torch.no_grad()
+def _weight_report(plan: Any, view: Any) -> SiteReport:
+    matrix, bits = view.matrix().float(), plan.weight_bits
+    # Columns are the input's channels.
+    found = Variation()
+    found.add(matrix)
+    distribution = found.distribution()
+    assert distribution is not None
+    sqnr = None
+    grid: tuple[float, ...] = ()
+    if view.map.weight is not None and not view.map.weight.enabled:
+        column = view.map.column_scale.expand(matrix.shape[1])
+        scales = choose_weight_scales(matrix * column, bits, 'mse')
+        rounded = restore_weight(round_weight(matrix * column, scales, bits), scales) / column
+        noise = float((rounded - matrix).double().square().sum())
+        sqnr = 10 * math.log10(float(matrix.double().square().sum()) / noise) if noise > 0 else math.inf
+    low, high = float(matrix.min()), float(matrix.max())
+    counts = torch.histc(matrix.cpu(), _BINS, low, high if high > low else low + 1)
+    histogram = tuple(int(count) for count in counts)
+    return SiteReport(view.name, 'weight', bits, distribution, sqnr, histogram, low, high, grid)
+
+
+@contextmanager
+def isolated(model: nn.Module, names: Iterable[str], *, inverted: bool = False) -> Iterator[None]:
+    """Quantize what lies in some modules alone, or everything but that; weights to nearest by least squared error.
+
+    Args:
+        model: calibrated, its weights not rounded yet.
+        names: of modules, such as a block's; everything inside belongs to them.
+        inverted: whether these modules are the ones left in floating point.
+
+    Raises:
+        StageError: if the model is not calibrated, or its weights are rounded already.
+    """
+    record_of(model, Stage.CALIBRATED)
+    wanted = tuple(names)
+
+    def inside(name: str) -> bool:
+        mine = any(name == one or name.startswith((f'{one}.', f'{one}:')) for one in wanted)
+        return mine != inverted
+
+    enabled = [(quantizer, quantizer.enabled) for _, quantizer in named_quantizers(model)]
+    exact = []
+    try:
+        for name, quantizer in named_quantizers(model):
+            quantizer.enabled = inside(name)
+        with torch.no_grad():
+            for plan, view in weight_views(model):
+                if plan.weight_bits == FLOAT_BITS or not inside(view.name):
+                    continue
+                matrix = view.matrix().clone()
+                exact.append((view, matrix))
+                column = view.map.column_scale.expand(matrix.shape[1])
+                folded = matrix.float() * column
+                scales = choose_weight_scales(folded, plan.weight_bits, 'mse')
+                view.write(restore_weight(round_weight(folded, scales, plan.weight_bits), scales) / column)
+        yield
+    finally:
+        for quantizer, state in enabled:
+            quantizer.enabled = state
+        for view, matrix in exact:
+            view.write(matrix)
