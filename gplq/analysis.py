@@ -40,6 +40,7 @@ class SiteReport:
         low: the smallest value seen.
         high: the largest.
         grid: values of the codes of the median scale, from the least to the largest; empty for 8 bits.
+        heads: mean absolute value in each head, where heads have scales of their own.
     """
 
     name: str
@@ -51,6 +52,7 @@ class SiteReport:
     low: float
     high: float
     grid: tuple[float, ...]
+    heads: tuple[float, ...] = ()
 
 
 class _Seen:
@@ -62,8 +64,11 @@ class _Seen:
         self.signal = self.noise = 0.0
         self.ends = (math.inf, -math.inf)
         self.counts = torch.zeros(_BINS)
+        self.heads: list[Tensor] = []
 
-    def add(self, x: Tensor, y: Tensor) -> None:
+    def add(self, x: Tensor, y: Tensor, quantizer: Quantizer) -> None:
+        if quantizer.spec.granularity == 'head':
+            self.heads.append(quantizer.groups(x).abs().mean(dim=1).float().cpu())
         # Channels last: maps of convolutions have them second.
         self.variation.add(x.movedim(1, -1) if self.on_maps else x)
         self.signal += float(x.double().square().sum())
@@ -131,7 +136,8 @@ def _watching(model: nn.Module, seen: dict[str, _Seen], step: str) -> Iterator[N
 
         def look(module: nn.Module, args: tuple[Any, ...], y: Tensor, site: _Seen = seen[name]) -> None:
             if step == 'add':
-                site.add(args[0], y)
+                assert isinstance(module, Quantizer)
+                site.add(args[0], y, module)
             else:
                 site.count(args[0])
 
@@ -157,7 +163,8 @@ def _report(name: str, kind: str, quantizer: Quantizer, seen: _Seen, distributio
         shift = 0.0 if quantizer.offset is None else float(quantizer.offset.detach().median())
         grid = tuple(scale * (code + shift) for code in range(spec.qmin, spec.qmax + 1))
     counts = tuple(int(count) for count in seen.counts)
-    return SiteReport(name, kind, spec.bits, distribution, seen.sqnr, counts, *seen.ends, grid)
+    heads = tuple(torch.stack(seen.heads).mean(dim=0).tolist()) if seen.heads else ()
+    return SiteReport(name, kind, spec.bits, distribution, seen.sqnr, counts, *seen.ends, grid, heads)
 
 
 @torch.no_grad()

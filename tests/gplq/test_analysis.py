@@ -38,6 +38,7 @@ def test_every_site_and_weight_has_a_report(fused: bool, toy_vit: Make, images: 
         assert count > 0 and report.low < report.high
         assert report.sqnr is not None and report.sqnr > 5, report.name
         assert len(report.grid) in (0, 16)
+        assert len(report.heads) == (2 if report.name.endswith((':query', ':key', ':attention_map')) else 0)
     assert torch.equal(model(images), before)
     assert not any(q._forward_hooks for _, q in named_quantizers(model))
 
