@@ -27,6 +27,7 @@ from gplq.record import Stage, floating_point, named_products, named_quantizers,
 from gplq.spec import QuantizerSpec
 from gplq.trace import evaluating
 from gplq.two_part import TwoPartQuantizer, propose
+from gplq.weight_training import start_weight_training
 
 __all__ = ['calibrate']
 
@@ -88,8 +89,7 @@ def calibrate(
     for _, view in weight_views(model):
         if view.map.weight is not None:
             view.map.weight.forget_proposal()
-            if view.map.weight.log_scale is not None:
-                view.map.weight.start_learning(view.matrix(), view.map.column_scale)
+    start_weight_training(model)
     record.stage = Stage.CALIBRATED
 
 

@@ -12,7 +12,15 @@ from gplq.observers.factory import OBSERVERS
 from gplq.spec import FLOAT_BITS, Scheme, check_bits
 from gplq.typecheck import check_types
 
-__all__ = ['RECIPE_VERSION', 'WEIGHT_STAGE_FIELDS', 'Compensation', 'Recipe', 'WeightScheme', 'as_recipe']
+__all__ = [
+    'RECIPE_VERSION',
+    'WEIGHT_STAGE_FIELDS',
+    'WEIGHT_TRAINING_FIELDS',
+    'Compensation',
+    'Recipe',
+    'WeightScheme',
+    'as_recipe',
+]
 
 RECIPE_VERSION = 1
 # What the weight stage decides: one activation stage serves it under any of these, although the search for input
@@ -20,6 +28,8 @@ RECIPE_VERSION = 1
 WEIGHT_STAGE_FIELDS = frozenset(
     {'weight_bits', 'weight_scheme', 'rounding', 'compensation', 'compensation_bits', 'calibration_samples'}
 )
+# Training of rounded weights can set out from a trained activation stage, too.
+WEIGHT_TRAINING_FIELDS = frozenset({'train_weights', 'trained_steps'})
 
 Rounding = Literal['feedback', 'nearest', 'reconstruct']
 WeightScheme = Literal['percentile', 'percentile_asymmetric', 'mse', 'min_max', 'searched']

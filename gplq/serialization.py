@@ -21,11 +21,11 @@ from gplq.insert import insert
 from gplq.layers import CompensatedBlock, LinearCompensation
 from gplq.packing import pack, unpack
 from gplq.plan import Plan
-from gplq.recipe import WEIGHT_STAGE_FIELDS
+from gplq.recipe import WEIGHT_STAGE_FIELDS, WEIGHT_TRAINING_FIELDS
 from gplq.record import Stage, named_quantizers, record_of, weight_views
 from gplq.spec import FLOAT_BITS
 
-__all__ = ['adopt', 'describe', 'load', 'restore', 'save']
+__all__ = ['adopt', 'describe', 'load', 'restore', 'save', 'trains_weights']
 
 FORMAT = 'gplq-1'
 _PACKED = '.packed'
@@ -67,7 +67,8 @@ def adopt(model: nn.Module, description: dict[str, str]) -> None:
     """Bring a prepared model to the stage of a checkpoint of the same recipe; tensors are loaded afterwards.
 
     Before the weights are quantized the recipe may differ in what only the weight stage decides: the model keeps its
-    own, and its weight quantizers wait for their tensors.
+    own, and its weight quantizers wait for their tensors. A model whose weights are to be rounded in training takes a
+    checkpoint of the activation stage alone, too: :func:`gplq.weight_training.start_weight_training` is next then.
 
     Raises:
         CheckpointError: if the checkpoint was written under another recipe or for other sites.
@@ -76,6 +77,8 @@ def adopt(model: nn.Module, description: dict[str, str]) -> None:
     stage, plan, _, corrected = _parse(description)
     ours, theirs = record.plan.recipe.to_dict(), plan.recipe.to_dict()
     open_still = frozenset() if stage is Stage.QUANTIZED else WEIGHT_STAGE_FIELDS
+    if record.plan.recipe.train_weights and not plan.recipe.train_weights:
+        open_still |= WEIGHT_TRAINING_FIELDS
     differing = sorted(key for key in ours.keys() - open_still if ours[key] != theirs[key])
     if differing:
         told = ', '.join(f'{key}: {theirs[key]} there, {ours[key]} here' for key in differing)
@@ -88,6 +91,12 @@ def adopt(model: nn.Module, description: dict[str, str]) -> None:
     for name, quantizer in named_quantizers(model):
         quantizer.spec = operands[name].spec
     _enter_stage(model, stage, corrected)
+
+
+def trains_weights(description: dict[str, str]) -> bool:
+    """Whether the model of a checkpoint rounded its weights while it trained."""
+    _, plan, _, _ = _parse(description)
+    return plan.recipe.train_weights
 
 
 def _enter_stage(model: nn.Module, stage: Stage, corrected: list[str]) -> None:

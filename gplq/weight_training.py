@@ -12,7 +12,7 @@ from gplq.oscillation import OscillationCount
 from gplq.record import weight_views
 from gplq.spec import QuantizerSpec
 
-__all__ = ['ConfidenceAnnealing', 'Oscillations', 'weight_regularization']
+__all__ = ['ConfidenceAnnealing', 'Oscillations', 'start_weight_training', 'weight_regularization']
 
 
 def _learning(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, QuantizerSpec]]:
@@ -21,6 +21,14 @@ def _learning(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, Quantizer
         quantizer = view.map.weight
         if quantizer is not None and quantizer.learning:
             yield view.name, *quantizer.on_grid(view.trained_matrix(), view.map.column_scale), quantizer.spec
+
+
+def start_weight_training(model: nn.Module) -> None:
+    """Round the weights from now on, with steps of least squared error, in a model with ``train_weights``."""
+    for _, view in weight_views(model):
+        quantizer = view.map.weight
+        if quantizer is not None and quantizer.log_scale is not None:
+            quantizer.start_learning(view.matrix(), view.map.column_scale)
 
 
 def weight_regularization(model: nn.Module, progress: float, largest: float, start: float = 0.25) -> Tensor:

@@ -60,8 +60,8 @@ from gplq.plugins.hooks.teacher import (
 from gplq.plugins.safe_load import allow_mmengine_objects
 from gplq.prepare import prepare
 from gplq.record import Stage, is_prepared, record_of
-from gplq.serialization import adopt, describe, restore
-from gplq.weight_training import ConfidenceAnnealing, Oscillations
+from gplq.serialization import adopt, describe, restore, trains_weights
+from gplq.weight_training import ConfidenceAnnealing, Oscillations, start_weight_training
 
 __all__ = ['ActivationQATHook']
 
@@ -89,6 +89,8 @@ class ActivationQATHook(Hook):
         self._resumed: dict[str, Any] = {}
         self._teacher: str | None = None
         self._run = ''
+        # Whether weights are to be rounded from now on, in a model whose activations are trained already.
+        self._from_stage = False
 
     # When a run begins
 
@@ -161,7 +163,13 @@ class ActivationQATHook(Hook):
             raise CheckpointError(
                 f'the weights in {_source(runner)} are quantized already: test it, or start from the FP32 checkpoint'
             )
-        if self.settings.trains and not runner._resume:
+        self._from_stage = self.settings.recipe.train_weights and not trains_weights(description)
+        if self._from_stage and self.settings.stage.mimicking_weight > 0:
+            raise CheckpointError(
+                f'{_source(runner)} is of the activation stage and does not hold the FP32 teacher of mimicking='
+                f'{self.settings.stage.mimicking_weight:g}: set mimicking=0, or start from the FP32 checkpoint'
+            )
+        if self.settings.trains and not runner._resume and not self._from_stage:
             raise CheckpointError(
                 f'{_source(runner)} has activation quantizers already ({stage.value}): go on with it by --resume, '
                 'quantize its weights by WeightPTQHook alone, without iterations, or start from the FP32 checkpoint'
@@ -207,6 +215,9 @@ class ActivationQATHook(Hook):
     def _start(self, runner: Runner, model: nn.Module) -> None:
         if record_of(model).stage is Stage.CALIBRATED:
             runner.logger.info('GPLQ: the checkpoint brings calibrated activations')
+            if self._from_stage:
+                start_weight_training(model)
+            self._attach(runner, model, resumed=False)
             return
         if self.settings.validate_fp32:
             with self._clock.standing():

@@ -19,6 +19,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 import gplq
+from gplq.errors import CheckpointError
 from gplq.record import Stage, is_prepared, named_quantizers, record_of, weight_views
 
 Train = Callable[..., Runner]
@@ -283,3 +284,31 @@ def test_weights_in_training_are_regularized_and_their_oscillations_logged(
     assert 'oscillating: 0.' in log
     plain = log_of(train('plain', iterations=6))
     assert 'oscillating' not in plain and 'loss_regularization' not in plain
+
+
+def test_weights_can_be_trained_from_the_activation_stage_on(
+    train: Train, steps_of: Steps, log_of: Callable[[Runner], str]
+) -> None:
+    """Quantization-aware training that sets out from GPLQ's first stage."""
+    first = train('stage', weight_bits=32, activation_bits=3)
+    stage = steps_of(first)[-1]['checkpoint']
+    before = torch.load(stage, weights_only=True)['state_dict']
+
+    def start(config: Config) -> None:
+        config.load_from = stage
+
+    rounded = dict(train_weights=True, rounding='nearest')
+    settings = dict(weight_bits=3, activation_bits=3, change=start, recipe=rounded)
+    runner = train('qat', mimicking=0, iterations=3, stage=dict(lr=1e-4, scale_lr=1e-6), **settings)
+    assert [step['step'] for step in steps_of(runner)] == ['W3A3 trained', 'W3A3']
+    after = torch.load(steps_of(runner)[0]['checkpoint'], weights_only=True)['state_dict']
+    scales = [name for name in before if name.endswith('log_scale')]
+    assert scales and all(torch.allclose(after[name], before[name], atol=1e-3) for name in scales)
+    assert any(name.endswith('weight.log_scale') for name in after.keys() - before.keys())
+    assert 'loss_mimicking' not in log_of(runner)
+    # What it leaves is gone on with as it is: its steps are not chosen anew.
+    trained = steps_of(runner)[0]['checkpoint']
+    again = train('again', iterations=0, mimicking=0, **{**settings, 'change': lambda c: c.update(load_from=trained)})
+    assert steps_of(again)[-1]['metrics'] == pytest.approx(steps_of(runner)[-1]['metrics'])
+    with pytest.raises(CheckpointError, match='does not hold the FP32 teacher of mimicking=1: set mimicking=0'):
+        train('teacher', iterations=3, **settings)
