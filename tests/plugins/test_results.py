@@ -172,7 +172,8 @@ def test_measure_takes_time_and_the_blocks_own_peak() -> None:
     assert 0.001 <= large.minutes < 1
     assert large.peak_memory_mb > 240
     assert small.minutes < large.minutes
-    assert small.peak_memory_mb <= large.peak_memory_mb
+    # Where the allocator keeps what was freed both are alike, to the pages that the kernel has yet to count.
+    assert small.peak_memory_mb <= large.peak_memory_mb + 1
 
 
 def test_measure_is_filled_when_the_block_fails() -> None:
