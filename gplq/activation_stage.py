@@ -18,10 +18,10 @@ from gplq.errors import RecipeError, StageError, TrainingError
 from gplq.mimicking import FeatureTap, Mimicking, Reduction, fit_mimicking_loss
 from gplq.progress import Progress, no_progress
 from gplq.quantizer import Quantizer
-from gplq.record import Stage, record_of, scale_parameters, weight_views
+from gplq.record import Stage, record_of, scale_parameters
 from gplq.running_statistics import RunningStatistics
 from gplq.typecheck import check_types
-from gplq.weight_training import ConfidenceAnnealing, weight_regularization
+from gplq.weight_training import ConfidenceAnnealing, forget_proposals, weight_regularization
 from gplq.weights import WeightQuantizer
 
 __all__ = [
@@ -229,9 +229,7 @@ def train_activations(
             "a teacher's PCA included: pass a DataLoader or a list"
         )
     _check_precision(model)
-    for _, view in weight_views(model):
-        if view.map.weight is not None:
-            view.map.weight.forget_proposal()
+    forget_proposals(model)
     device = next(model.parameters()).device
     length = _steps(loader, epochs) if iterations is None else iterations
     if (stage.regularization > 0 or stage.annealing > 0) and length is None:

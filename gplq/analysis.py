@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from gplq.batches import Forward, bounded, default_forward
+from gplq.layers import WeightView
+from gplq.plan import MapPlan
 from gplq.progress import Progress, no_progress
 from gplq.quantizer import Quantizer
 from gplq.record import Stage, named_products, named_quantizers, record_of, weight_views
+from gplq.rounding import nearest, weights_rounded
 from gplq.spec import FLOAT_BITS
 from gplq.trace import evaluating
 from gplq.variation import Distribution, Variation
-from gplq.weights import choose_weight_scales, restore_weight, round_weight
 
 __all__ = ['SiteReport', 'analyze', 'isolated']
 
@@ -76,14 +78,17 @@ class _Seen:
         self.ends = (min(self.ends[0], float(x.min())), max(self.ends[1], float(x.max())))
 
     def count(self, x: Tensor) -> None:
-        low, high = self.ends
-        self.counts += torch.histc(x.float().cpu(), _BINS, low, high if high > low else low + 1)
+        self.counts += _counts(x, *self.ends)
 
-    @property
-    def sqnr(self) -> float:
-        if self.noise == 0:
-            return math.inf
-        return 10 * math.log10(self.signal / self.noise) if self.signal > 0 else -math.inf
+
+def _counts(x: Tensor, low: float, high: float) -> Tensor:
+    return torch.histc(x.float().cpu(), _BINS, low, high if high > low else low + 1)
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
 def analyze(
@@ -163,30 +168,26 @@ def _report(name: str, kind: str, quantizer: Quantizer, seen: _Seen, distributio
         shift = 0.0 if quantizer.offset is None else float(quantizer.offset.detach().median())
         grid = tuple(scale * (code + shift) for code in range(spec.qmin, spec.qmax + 1))
     counts = tuple(int(count) for count in seen.counts)
+    sqnr = _decibels(seen.signal, seen.noise)
     heads = tuple(torch.stack(seen.heads).mean(dim=0).tolist()) if seen.heads else ()
-    return SiteReport(name, kind, spec.bits, distribution, seen.sqnr, counts, *seen.ends, grid, heads)
+    return SiteReport(name, kind, spec.bits, distribution, sqnr, counts, *seen.ends, grid, heads)
 
 
 @torch.no_grad()
-def _weight_report(plan: Any, view: Any) -> SiteReport:
-    matrix, bits = view.matrix().float(), plan.weight_bits
+def _weight_report(plan: MapPlan, view: WeightView) -> SiteReport:
+    matrix = view.matrix().float()
     # Columns are the input's channels.
     found = Variation()
     found.add(matrix)
     distribution = found.distribution()
     assert distribution is not None
     sqnr = None
-    grid: tuple[float, ...] = ()
     if view.map.weight is not None and not view.map.weight.enabled:
-        column = view.map.column_scale.expand(matrix.shape[1])
-        scales = choose_weight_scales(matrix * column, bits, 'mse')
-        rounded = restore_weight(round_weight(matrix * column, scales, bits), scales) / column
-        noise = float((rounded - matrix).double().square().sum())
-        sqnr = 10 * math.log10(float(matrix.double().square().sum()) / noise) if noise > 0 else math.inf
+        noise = (nearest(view, plan.weight_bits) - matrix).double().square().sum()
+        sqnr = _decibels(float(matrix.double().square().sum()), float(noise))
     low, high = float(matrix.min()), float(matrix.max())
-    counts = torch.histc(matrix.cpu(), _BINS, low, high if high > low else low + 1)
-    histogram = tuple(int(count) for count in counts)
-    return SiteReport(view.name, 'weight', bits, distribution, sqnr, histogram, low, high, grid)
+    counts = tuple(int(count) for count in _counts(matrix, low, high))
+    return SiteReport(view.name, 'weight', plan.weight_bits, distribution, sqnr, counts, low, high, ())
 
 
 @contextmanager
@@ -209,23 +210,11 @@ def isolated(model: nn.Module, names: Iterable[str], *, inverted: bool = False) 
         return mine != inverted
 
     enabled = [(quantizer, quantizer.enabled) for _, quantizer in named_quantizers(model)]
-    exact = []
     try:
         for name, quantizer in named_quantizers(model):
             quantizer.enabled = inside(name)
-        with torch.no_grad():
-            for plan, view in weight_views(model):
-                if plan.weight_bits == FLOAT_BITS or not inside(view.name):
-                    continue
-                matrix = view.matrix().clone()
-                exact.append((view, matrix))
-                column = view.map.column_scale.expand(matrix.shape[1])
-                folded = matrix.float() * column
-                scales = choose_weight_scales(folded, plan.weight_bits, 'mse')
-                view.write(restore_weight(round_weight(folded, scales, plan.weight_bits), scales) / column)
-        yield
+        with weights_rounded(model, inside):
+            yield
     finally:
         for quantizer, state in enabled:
             quantizer.enabled = state
-        for view, matrix in exact:
-            view.write(matrix)

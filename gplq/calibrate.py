@@ -27,7 +27,7 @@ from gplq.record import Stage, floating_point, named_products, named_quantizers,
 from gplq.spec import QuantizerSpec
 from gplq.trace import evaluating
 from gplq.two_part import TwoPartQuantizer, propose
-from gplq.weight_training import start_weight_training
+from gplq.weight_training import forget_proposals, start_weight_training
 
 __all__ = ['calibrate']
 
@@ -86,9 +86,7 @@ def calibrate(
     for name, product in named_products(model):
         for site, quantizer in zip(product.sites, product.operands, strict=True):
             _settle(quantizer, settled[f'{name}:{site}'], observers[f'{name}:{site}'], samples)
-    for _, view in weight_views(model):
-        if view.map.weight is not None:
-            view.map.weight.forget_proposal()
+    forget_proposals(model)
     start_weight_training(model)
     record.stage = Stage.CALIBRATED
 

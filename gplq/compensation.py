@@ -24,6 +24,7 @@ from gplq.record import record_of, weight_views
 from gplq.rounding import once, round_view
 from gplq.spec import FLOAT_BITS
 from gplq.swap import swap_class
+from gplq.trace import evaluating
 
 __all__ = ['compensate']
 
@@ -110,8 +111,7 @@ class _Source:
 
     def _run(self, model: nn.Module, watched: _Watched, batch: Any) -> tuple[Tensor, Tensor] | None:
         # What a forward pass draws, such as a sample of proposals, is drawn alike in both models.
-        devices = {p.device for p in model.parameters() if p.device.type == 'cuda'}
-        with torch.random.fork_rng(devices=devices), watched.running():
+        with evaluating(model), watched.running():
             torch.manual_seed(0)
             try:
                 self.forward(model, batch)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -137,22 +137,13 @@ def _collect(
     found = []
     generator = torch.Generator().manual_seed(settings.seed)
     for batch in bounded(batches, samples):
-        with evaluating(reference):
-            with _target_mode(reference, settings):
-                target, importance = _target(reference, name, batch, forward, generator)
+        # The same random numbers for both, should a forward pass draw any.
+        with evaluating(reference), floating_point(reference) if settings.floating_point else nullcontext():
+            target, importance = _target(reference, name, batch, forward, generator)
         with evaluating(model):
             args, kwargs, _, _ = _seen(model, name, lambda batch=batch: forward(model, batch))  # type: ignore[misc]
         found.append(_Sample(args, kwargs, target, importance))
     return found
-
-
-@contextmanager
-def _target_mode(reference: nn.Module, settings: Reconstruction) -> Iterator[None]:
-    if not settings.floating_point:
-        yield
-        return
-    with floating_point(reference):
-        yield
 
 
 def _target(
@@ -245,19 +236,11 @@ def _fit(
         squares = (run(sample, hard) - sample.target).float().square()
         return (squares if sample.importance is None else squares * sample.importance).mean()
 
-    devices = {p.device for p in block.parameters() if p.device.type == 'cuda'}
-    with torch.random.fork_rng(devices=devices):
+    with evaluating(block):
         torch.manual_seed(settings.seed)
-        training = block.training
-        block.eval()
-        try:
-            with torch.no_grad():
-                before = sum(float(error(s, hard=True)) for s in samples) / len(samples)
-            _learn(block, roundings, samples, error, settings)
-            with torch.no_grad():
-                after = sum(float(error(s, hard=True)) for s in samples) / len(samples)
-        finally:
-            block.train(training)
+        before = sum(float(error(s, hard=True)) for s in samples) / len(samples)
+        _learn(block, roundings, samples, error, settings)
+        after = sum(float(error(s, hard=True)) for s in samples) / len(samples)
     if not after < before:
         # Too few iterations can leave it worse than where it began.
         for rounding, logit in zip(roundings, start, strict=True):

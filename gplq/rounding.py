@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,11 @@ from gplq.errors import StageError
 from gplq.journal import Journal
 from gplq.layers import WeightView
 from gplq.recipe import Recipe
+from gplq.record import weight_views
+from gplq.spec import FLOAT_BITS
 from gplq.weights import choose_weight_scales, restore_weight, round_weight
 
-__all__ = ['once', 'round_view']
+__all__ = ['nearest', 'once', 'round_view', 'weights_rounded']
 
 
 @torch.no_grad()
@@ -90,6 +93,30 @@ def round_view(
     if mean is not None:
         view.map.bias_correction.copy_((exact - rounded) @ mean)
         view.map.corrected = True
+
+
+def nearest(view: WeightView, bits: int) -> Tensor:
+    """The weight ``(rows, columns)`` rounded to nearest by least squared error, with its input's scales folded in."""
+    matrix = view.matrix().float()
+    column = view.map.column_scale.expand(matrix.shape[1])
+    folded = matrix * column
+    scales = choose_weight_scales(folded, bits, 'mse')
+    return restore_weight(round_weight(folded, scales, bits), scales) / column
+
+
+@contextmanager
+def weights_rounded(model: nn.Module, names: Callable[[str], bool] = lambda name: True) -> Iterator[None]:
+    """Weights of the chosen names rounded to nearest, for as long as the context lasts."""
+    exact = []
+    try:
+        for plan, view in weight_views(model):
+            if plan.weight_bits != FLOAT_BITS and names(view.name):
+                exact.append((view, view.matrix().clone()))
+                view.write(nearest(view, plan.weight_bits))
+        yield
+    finally:
+        for view, matrix in exact:
+            view.write(matrix)
 
 
 def _mean(view: WeightView, statistics: ColumnStatistics | None, exact: Tensor) -> Tensor | None:

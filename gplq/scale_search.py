@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_type_hints
 
@@ -21,6 +20,7 @@ from gplq.products import QuantizedProduct
 from gplq.progress import Progress, no_progress
 from gplq.quantizer import Quantizer
 from gplq.record import Stage, floating_point, named_products, record_of, weight_views
+from gplq.rounding import weights_rounded
 from gplq.sample_store import SampleStore
 from gplq.site_samples import collect_samples
 from gplq.spec import FLOAT_BITS
@@ -152,7 +152,7 @@ def _objective(
     """The loss of logits that ``search.objective`` names."""
     generator = torch.Generator().manual_seed(0)
     if search.objective == 'quantized_kl':
-        with _rounded(model), torch.no_grad():
+        with weights_rounded(model), torch.no_grad():
             targets = iter([_logits(forward(model, batch)) for batch in bounded(batches, search.images)])
         return lambda model, batch: quantized_kl(_logits(forward(model, batch)), next(targets))
     of_logits = fisher if search.objective == 'fisher' else perturbed_kl
@@ -166,24 +166,6 @@ def _logits(output: Any) -> Tensor:
             f"metric='hessian' needs logits (batch, classes), the model gives {shape}: pass loss=, or metric='mse'"
         )
     return output
-
-
-@contextmanager
-def _rounded(model: nn.Module) -> Iterator[None]:
-    """Every weight rounded to nearest, for as long as the context lasts."""
-    exact = []
-    for plan, view in weight_views(model):
-        if view.map.weight is not None:
-            matrix = view.matrix().clone()
-            exact.append((view, matrix))
-            column = view.map.column_scale.expand(matrix.shape[1])
-            scales = choose_weight_scales(matrix.float() * column, plan.weight_bits, 'mse')
-            view.write(_round(matrix.float(), column, scales, plan.weight_bits))
-    try:
-        yield
-    finally:
-        for view, matrix in exact:
-            view.write(matrix)
 
 
 def _round(matrix: Tensor, column: Tensor, scales: WeightScales, bits: int) -> Tensor:

@@ -113,7 +113,6 @@ def _enter_stage(model: nn.Module, stage: Stage, corrected: list[str]) -> None:
             view.map.weight.learning = stage is Stage.CALIBRATED and view.map.weight.log_scale is not None
             if stage is Stage.QUANTIZED:
                 view.map.weight.forget_learning()
-            if stage is Stage.QUANTIZED:
                 view.freeze()
 
 

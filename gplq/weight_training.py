@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +13,39 @@ from gplq.oscillation import OscillationCount
 from gplq.record import weight_views
 from gplq.spec import QuantizerSpec
 
-__all__ = ['ConfidenceAnnealing', 'Oscillations', 'start_weight_training', 'weight_regularization']
+__all__ = [
+    'ConfidenceAnnealing',
+    'Oscillations',
+    'forget_proposals',
+    'start_weight_training',
+    'weight_regularization',
+]
 
 
-def _learning(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, QuantizerSpec]]:
-    """Name, weight on its grid, step of each row and codes' bounds of every weight that is rounded in training."""
+class _Trained(NamedTuple):
+    """A weight that is rounded in training: the parameter, the same on its grid, the step of each row."""
+
+    name: str
+    matrix: Tensor
+    folded: Tensor
+    steps: Tensor
+    spec: QuantizerSpec
+
+
+def _learning(model: nn.Module) -> Iterator[_Trained]:
+    """Every weight that is rounded in training."""
     for _, view in weight_views(model):
         quantizer = view.map.weight
         if quantizer is not None and quantizer.learning:
-            yield view.name, *quantizer.on_grid(view.trained_matrix(), view.map.column_scale), quantizer.spec
+            matrix = view.trained_matrix()
+            yield _Trained(view.name, matrix, *quantizer.on_grid(matrix, view.map.column_scale), quantizer.spec)
+
+
+def forget_proposals(model: nn.Module) -> None:
+    """Scales that a search proposed for the weights are void: the input scales folded into them change."""
+    for _, view in weight_views(model):
+        if view.map.weight is not None:
+            view.map.weight.forget_proposal()
 
 
 def start_weight_training(model: nn.Module) -> None:
@@ -44,8 +69,8 @@ def weight_regularization(model: nn.Module, progress: float, largest: float, sta
     total = torch.zeros((), device=next(model.parameters()).device)
     if factor == 0:
         return total
-    for _, matrix, steps, spec in _learning(model):
-        total = total + bin_regularization(matrix, steps, spec.qmin, spec.qmax)
+    for weight in _learning(model):
+        total = total + bin_regularization(weight.folded, weight.steps, weight.spec.qmin, weight.spec.qmax)
     return factor * total
 
 
@@ -63,9 +88,9 @@ class Oscillations:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Look at the codes after a step."""
-        for name, matrix, steps, spec in _learning(model):
-            codes = (matrix / steps[:, None]).round().clamp_(spec.qmin, spec.qmax)
-            self.counts.setdefault(name, OscillationCount(self.momentum)).update(codes)
+        for weight in _learning(model):
+            codes = (weight.folded / weight.steps[:, None]).round().clamp_(weight.spec.qmin, weight.spec.qmax)
+            self.counts.setdefault(weight.name, OscillationCount(self.momentum)).update(codes)
 
     def share(self, threshold: float = 0.005) -> float:
         """How many of all weights, as a fraction, oscillate more often than ``threshold`` a step."""
@@ -94,18 +119,13 @@ class ConfidenceAnnealing:
     def before_step(self) -> None:
         """Choose the weights to hold, and remember their values."""
         self._held = []
-        for _, view in weight_views(self.model):
-            quantizer = view.map.weight
-            if quantizer is None or not quantizer.learning:
-                continue
-            matrix = view.trained_matrix()
-            folded, steps = quantizer.on_grid(matrix, view.map.column_scale)
-            position = folded / steps[:, None]
+        for weight in _learning(self.model):
+            position = weight.folded / weight.steps[:, None]
             # Boundaries lie at the halves between codes; beyond the last codes there are none.
             nearest = position.floor() + 0.5
-            between = (nearest > quantizer.spec.qmin) & (nearest < quantizer.spec.qmax)
+            between = (nearest > weight.spec.qmin) & (nearest < weight.spec.qmax)
             held = ~between | ((position - nearest).abs() > self.boundary)
-            self._held.append((matrix, matrix.clone(), held))
+            self._held.append((weight.matrix, weight.matrix.clone(), held))
 
     @torch.no_grad()
     def after_step(self) -> None:

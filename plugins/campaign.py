@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.utils import ProgressBar, track_iter_progress
+from mmengine.utils import track_iter_progress
 
 from gplq.plugins.benchmark import TOOL, Run, rows_of
 from gplq.plugins.comparison import Comparison
@@ -80,8 +80,7 @@ def carry_out(runs: Sequence[Run], metrics: Sequence[str], data_root: str, outpu
     lost = [run.trained_by for run in waiting if run.trained_by and not run.trained_by.stage_file.is_file()]
     waiting = [run for run in runs if run in waiting or run in lost]
     print(f'{len(runs)} runs, {len(runs) - len(waiting)} of them done already; rows: {output}')
-    bar = ProgressBar(len(waiting)) if waiting else None
-    for number, run in enumerate(waiting, start=1):
+    for number, run in enumerate(track_iter_progress(waiting) if waiting else (), start=1):
         print(f'\n[{number}/{len(waiting)}] {run.text}', flush=True)
         _train(run, data_root)
         again = run.is_done(metrics, sha256, known)
@@ -89,10 +88,6 @@ def carry_out(runs: Sequence[Run], metrics: Sequence[str], data_root: str, outpu
             if not again:
                 append_row(output, row)
             print(f'W{row.weight_bits}A{row.activation_bits} {row.metric} {row.value:.4f}')
-        assert bar is not None
-        bar.update()
-    if bar is not None:
-        print()
     _add_intervals(runs, metrics, data_root, sha256, output)
 
 

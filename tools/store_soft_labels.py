@@ -15,11 +15,11 @@ from mmengine.utils import track_iter_progress
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from gplq.errors import CheckpointError, DataError
+from gplq.errors import DataError
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
 from gplq.plugins.fgvc.multi_crop import cut, paths_of
-from gplq.plugins.fgvc.soft_labels import Crops, top_chances, write_soft_labels
-from gplq.plugins.hooks.checkpoints import read_checkpoint, tensors_of
+from gplq.plugins.fgvc.soft_labels import PARTS, Crops, top_chances, write_soft_labels
+from gplq.plugins.hooks.checkpoints import load_weights
 
 EXAMPLE = """example:
   python tools/store_soft_labels.py configs/swin-mini_objects100.py fp32.pth soft_labels.safetensors \\
@@ -48,11 +48,7 @@ def main() -> None:
     cfg = read_config(args)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model = MODELS.build(cfg.model)
-    try:
-        model.load_state_dict(tensors_of(read_checkpoint(args.checkpoint), args.checkpoint))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()[:200]
-        raise CheckpointError(f'{args.checkpoint} is not a checkpoint of {args.config}: {reason}') from None
+    load_weights(model, args.checkpoint, args.config)
     model.eval().to(args.device)
     num_classes = model.head.out_features
     if args.crops < 1 or not 1 <= args.top <= num_classes:
@@ -73,7 +69,7 @@ def main() -> None:
         inputs = F.normalize(torch.stack(crops), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         classes, chances = top_chances(model(inputs.to(args.device)).cpu(), args.top)
         found.append(Crops(boxes, flips, classes, chances))
-    whole = Crops(*(torch.stack([getattr(one, n) for one in found]) for n in ('boxes', 'flips', 'classes', 'chances')))
+    whole = Crops(*(torch.stack([getattr(one, part) for one in found]) for part in PARTS))
     write_soft_labels(args.output, whole, paths_of(dataset), num_classes, Path(args.config).stem, size)
     print(f'\n{len(dataset)} images with {args.crops} crops each: {args.output}')
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,9 @@ from gplq.errors import DataError
 from gplq.files import write_atomically
 from gplq.fingerprint import fingerprint
 
-__all__ = ['Crops', 'SoftLabels', 'soft_targets', 'top_chances', 'write_soft_labels']
+__all__ = ['PARTS', 'Crops', 'SoftLabels', 'soft_targets', 'top_chances', 'write_soft_labels']
 
 VERSION = 1
-SHAPES = {'boxes': 3, 'flips': 2, 'classes': 3, 'chances': 3}
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,9 @@ class Crops:
     flips: Tensor
     classes: Tensor
     chances: Tensor
+
+
+PARTS = tuple(field.name for field in fields(Crops))
 
 
 def top_chances(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -76,7 +78,7 @@ def write_soft_labels(
     Raises:
         WriteError: the file cannot be written; what was there before stays.
     """
-    tensors = {name: getattr(crops, name).contiguous() for name in SHAPES}
+    tensors = {name: getattr(crops, name).contiguous() for name in PARTS}
     about = {'version': VERSION, 'images': names_hash(paths), 'num_classes': num_classes, 'teacher': teacher}
     about |= {'size': size, 'sha256': fingerprint(tensors, '')}
     metadata = {'gplq_soft_labels': json.dumps(about)}
@@ -114,7 +116,7 @@ class SoftLabels:
             raise DataError(
                 f'{path} holds no soft labels of version {VERSION} (version {about.get("version")!r}): write them anew'
             )
-        if set(tensors) != set(SHAPES) or about.get('sha256') != fingerprint(tensors, ''):
+        if set(tensors) != set(PARTS) or about.get('sha256') != fingerprint(tensors, ''):
             raise DataError(f'soft labels {path} are damaged, their checksum differs: copy or write them anew')
         self.num_classes, self.images, self.size = int(about['num_classes']), str(about['images']), int(about['size'])
         self.teacher = str(about['teacher'])
@@ -141,7 +143,7 @@ class SoftLabels:
             # Opened where it is read: a worker process has a file of its own.
             self._file = safe_open(self.path, framework='pt').__enter__()
         rows = torch.as_tensor(list(chosen), dtype=torch.long)
-        return Crops(**{name: self._file.get_slice(name)[image : image + 1][0][rows] for name in SHAPES})
+        return Crops(**{name: self._file.get_slice(name)[image : image + 1][0][rows] for name in PARTS})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_file': None}

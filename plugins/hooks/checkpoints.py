@@ -18,7 +18,7 @@ from gplq.products import QuantizedProduct
 from gplq.record import Stage
 from gplq.weights import WeightQuantizer
 
-__all__ = ['check_keys', 'check_source', 'complete', 'quantization_of', 'read_checkpoint', 'tensors_of']
+__all__ = ['check_keys', 'check_source', 'complete', 'load_weights', 'quantization_of', 'read_checkpoint', 'tensors_of']
 
 REMEDY = "set load_from (or --cfg-options load_from=PATH) to the FP32 checkpoint of this config's model"
 
@@ -145,6 +145,20 @@ def tensors_of(checkpoint: dict[str, Any], source: str) -> dict[str, torch.Tenso
         f"{source} has no tensors, neither under 'state_dict' nor at its top, where it holds {list(checkpoint)[:5]}; "
         "save it anew as {'state_dict': …}"
     )
+
+
+def load_weights(model: nn.Module, path: str, config: str) -> None:
+    """Load a model that takes part in a run without being its own, such as a teacher.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or is not of this very model, which is the config's.
+    """
+    try:
+        model.load_state_dict(tensors_of(read_checkpoint(path), path))
+    except RuntimeError as error:
+        # A line for each kind of difference and tensor, after one that names the class.
+        reason = str(error).splitlines()[-1].strip()[:200]
+        raise CheckpointError(f'{path} is not a checkpoint of {config}: {reason}') from None
 
 
 def check_keys(model: nn.Module, checkpoint: dict[str, Any], source: str, stage: Stage = Stage.PREPARED) -> list[str]:

@@ -13,10 +13,10 @@ from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner
 from torch import nn
 
-from gplq.errors import CheckpointError, RecipeError, TargetError
+from gplq.errors import RecipeError, TargetError
 from gplq.feature_distance import feature_distance
 from gplq.mimicking import FeatureTap
-from gplq.plugins.hooks.checkpoints import read_checkpoint, tensors_of
+from gplq.plugins.hooks.checkpoints import load_weights
 from gplq.plugins.hooks.model import model_of
 
 __all__ = ['FeatureDistillationHook']
@@ -65,14 +65,7 @@ class FeatureDistillationHook(Hook):
         teacher: nn.Module = MODELS.build(Config.fromfile(self.config).model)
         if not hasattr(teacher, 'extract_feat'):
             raise TargetError(f'FeatureDistillationHook: {type(teacher).__name__} has no extract_feat to learn from')
-        try:
-            teacher.load_state_dict(tensors_of(read_checkpoint(self.checkpoint), self.checkpoint))
-        except RuntimeError as error:
-            # A line for each kind of difference and tensor, after one that names the class.
-            reason = str(error).splitlines()[-1].strip()[:200]
-            raise CheckpointError(
-                f'FeatureDistillationHook: {self.checkpoint} is not a checkpoint of {self.config}: {reason}'
-            ) from None
+        load_weights(teacher, self.checkpoint, self.config)
         # Apart: some backbones' train() returns nothing.
         teacher.eval()
         return teacher.requires_grad_(False)

@@ -58,8 +58,7 @@ class PTQ4ViTHook(WeightPTQHook):
         hook.prepare(runner, model)
         with seeded(hook.settings.seed):
             hook.calibrate(runner, model)
-        if hook.settings.recipe.weight_bits != 32:
-            self._quantize(runner)
+        self._quantize(runner)
         clock.stop()
         self._minutes = clock.minutes
 
