@@ -75,7 +75,8 @@ class _Found:
 
     @property
     def model(self) -> nn.Module:
-        return model_of(self.runner)
+        model: nn.Module = model_of(self.runner)
+        return model
 
     def sites(self, name: str, samples: int) -> Model:
         loader = self.hook.loader(self.runner, samples)
@@ -91,7 +92,8 @@ def main() -> None:
     work = Path(cfg.work_dir)
     found = _Found(cfg, args.checkpoint, args.bits, work)
     models = [found.sites(Path(args.config).stem, args.samples)]
-    sensitivities, metric, fp32, whole = [], '', None, None
+    sensitivities: list[Sensitivity] = []
+    metric, fp32, whole = '', None, None
     if args.sensitivity:
         sensitivities, metric, fp32, whole = _sensitivities(found, args.metric)
     for config, checkpoint in args.beside:
@@ -112,7 +114,8 @@ def _sensitivities(found: _Found, name: str | None) -> tuple[list[Sensitivity], 
 
     def measure(names: list[str], *, inverted: bool = False) -> dict[str, Any]:
         with isolated(found.model, names, inverted=inverted):
-            return evaluate(found.runner)
+            metrics: dict[str, Any] = evaluate(found.runner)
+            return metrics
 
     fp32, whole = measure([]), measure([], inverted=True)
     metric = name or next(iter(fp32), '')

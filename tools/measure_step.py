@@ -29,9 +29,9 @@ from gplq.activation_stage import ActivationStage, parameter_groups
 from gplq.mimicking import FeatureTap, Mimicking, fit_mimicking_loss
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
 from gplq.plugins.hooks.data import calibration_loader
+from gplq.plugins.hooks.loss_term import LossTerm
 from gplq.plugins.hooks.model import PartForward, blank_forward, part_of, preprocess
 from gplq.plugins.hooks.settings import HookSettings
-from gplq.plugins.hooks.teacher import MimickingTerm
 from gplq.plugins.results import ResultRow, append_row, commit, file_sha256, measure, repeat_command, versions
 
 EXAMPLE = """example:
@@ -66,7 +66,7 @@ def step_of(cfg: Config, method: str) -> Iterator[Callable[[Any], None]]:
             if stage.mimicking_weight:
                 mimicking = fit_mimicking(model, settings, loader)
                 stack.enter_context(mimicking.attached())
-                model.register_forward_hook(MimickingTerm(mimicking), with_kwargs=True)
+                model.register_forward_hook(LossTerm('loss_mimicking', lambda *_: mimicking()), with_kwargs=True)
             prepare(model, settings.recipe, forward=blank_forward(model, settings))
             calibrate(model, loader, forward=PartForward(settings.part))
             groups = parameter_groups(model, stage, settings.iterations)

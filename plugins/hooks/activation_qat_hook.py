@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -22,6 +24,7 @@ from gplq.plugins.hooks.checkpoints import check_keys, check_source, complete, q
 from gplq.plugins.hooks.company import refuse_beside
 from gplq.plugins.hooks.data import calibration_loader
 from gplq.plugins.hooks.guard import StepGuard
+from gplq.plugins.hooks.loss_term import LossTerm
 from gplq.plugins.hooks.model import (
     PartForward,
     blank_forward,
@@ -35,7 +38,6 @@ from gplq.plugins.hooks.model import (
 )
 from gplq.plugins.hooks.progress import logged_progress
 from gplq.plugins.hooks.randomness import seeded
-from gplq.plugins.hooks.regularization import RegularizationTerm
 from gplq.plugins.hooks.replay import Replay
 from gplq.plugins.hooks.report import Report, evaluate
 from gplq.plugins.hooks.resume import (
@@ -52,7 +54,6 @@ from gplq.plugins.hooks.settings import HookSettings
 from gplq.plugins.hooks.stopwatch import Stopwatch
 from gplq.plugins.hooks.teacher import (
     LabelFreeLoss,
-    MimickingTerm,
     make_mimicking,
     resume_mimicking,
     teacher_hash,
@@ -61,7 +62,7 @@ from gplq.plugins.safe_load import allow_mmengine_objects
 from gplq.prepare import prepare
 from gplq.record import Stage, is_prepared, record_of
 from gplq.serialization import adopt, describe, restore, trains_weights
-from gplq.weight_training import ConfidenceAnnealing, Oscillations, start_weight_training
+from gplq.weight_training import ConfidenceAnnealing, Oscillations, start_weight_training, weight_regularization
 
 __all__ = ['ActivationQATHook']
 
@@ -254,8 +255,8 @@ class ActivationQATHook(Hook):
         if self.settings.trains:
             self._attached.enter_context(StepGuard(runner).attached(model, runner.optim_wrapper.optimizer))
             if self.settings.stage.regularization > 0:
-                term = RegularizationTerm(runner, self.settings.stage)
-                self._attached.callback(model.register_forward_hook(term, prepend=True).remove)
+                regularization = partial(self._regularization, runner)
+                self._add_loss(model, LossTerm('loss_regularization', regularization))
             if self.settings.stage.annealing > 0:
                 self._annealing = ConfidenceAnnealing(model)
         if not self.settings.trains or self.settings.stage.mimicking_weight == 0:
@@ -272,9 +273,16 @@ class ActivationQATHook(Hook):
             model.loss = LabelFreeLoss(part_of(model, self.settings), mimicking)  # type: ignore[assignment]
             self._attached.callback(model.__dict__.pop, 'loss')
         else:
-            # Prepended, so that the guard sees the feature loss as well.
-            handle = model.register_forward_hook(MimickingTerm(mimicking), with_kwargs=True, prepend=True)
-            self._attached.callback(handle.remove)
+            self._add_loss(model, LossTerm('loss_mimicking', lambda *_: mimicking()))
+
+    def _add_loss(self, model: nn.Module, term: LossTerm) -> None:
+        # Prepended, so that the guard sees this loss as well.
+        self._attached.callback(model.register_forward_hook(term, with_kwargs=True, prepend=True).remove)
+
+    def _regularization(self, runner: Runner, model: nn.Module, _: Any) -> torch.Tensor:
+        stage = self.settings.stage
+        share = min(1.0, runner.iter / runner.max_iters)
+        return weight_regularization(model, share, stage.regularization, stage.regularization_start)
 
     # While it trains
 

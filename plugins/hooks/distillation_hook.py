@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -17,6 +16,7 @@ from gplq.errors import RecipeError, TargetError
 from gplq.feature_distance import feature_distance
 from gplq.mimicking import FeatureTap
 from gplq.plugins.hooks.checkpoints import load_weights
+from gplq.plugins.hooks.loss_term import LossTerm
 from gplq.plugins.hooks.model import model_of
 
 __all__ = ['FeatureDistillationHook']
@@ -76,29 +76,15 @@ class FeatureDistillationHook(Hook):
         self._teacher.to(next(model.parameters()).device)
         source = 'neck' if getattr(model, 'with_neck', False) else 'backbone'
         tap = self._attached.enter_context(FeatureTap(model, source, 'output').attached())
-        handle = model.register_forward_hook(_Term(self._teacher, tap, self.weight), with_kwargs=True)
+
+        def distance(_: nn.Module, images: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                target = self._teacher.extract_feat(images)  # type: ignore[union-attr, operator]
+            return self.weight * feature_distance(tap.take(), list(target))
+
+        handle = model.register_forward_hook(LossTerm('loss_distillation', distance), with_kwargs=True)
         self._attached.callback(handle.remove)
 
     def after_train(self, runner: Runner) -> None:
         self._attached.close()
         self._teacher = None
-
-
-class _Term:
-    """Adds the distance to the losses that a model returns."""
-
-    def __init__(self, teacher: nn.Module, tap: FeatureTap, weight: float) -> None:
-        self.teacher = teacher
-        self.tap = tap
-        self.weight = weight
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not (module.training and isinstance(output, dict)):
-            return output
-        with torch.no_grad():
-            target = self.teacher.extract_feat(args[0] if args else kwargs['inputs'])  # type: ignore[operator]
-        return {**output, 'loss_distillation': self.weight * feature_distance(self.tap.take(), list(target))}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Term:
-        # Belongs to the training of one model; a copy of it, such as an average, never copies the teacher.
-        return self

@@ -22,7 +22,7 @@ from gplq.plugins.hooks.model import model_of, part_of, preprocess
 from gplq.plugins.hooks.settings import HookSettings
 from gplq.plugins.results import file_sha256
 
-__all__ = ['LabelFreeLoss', 'MimickingTerm', 'make_mimicking', 'resume_mimicking', 'teacher_hash']
+__all__ = ['LabelFreeLoss', 'make_mimicking', 'resume_mimicking', 'teacher_hash']
 
 FILE = 'gplq_teacher.pth'
 
@@ -95,18 +95,6 @@ def _twin(part: nn.Module) -> nn.Module:
         # mmengine's activation checkpointing replaces this method by a closure, which a copy shares.
         module.__dict__.pop('forward', None)
     return twin
-
-
-class MimickingTerm:
-    """Adds the feature loss to the losses that the model returns; a forward hook, so the model is not wrapped."""
-
-    def __init__(self, mimicking: Mimicking) -> None:
-        self.mimicking = mimicking
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if module.training and isinstance(output, dict) and 'loss_mimicking' not in output:
-            output = {**output, 'loss_mimicking': self.mimicking()}
-        return output
 
 
 class LabelFreeLoss:
