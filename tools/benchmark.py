@@ -9,13 +9,11 @@ difference from it gets a 95 % interval from resampled images, as tools/bootstra
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 
-from gplq.plugins.benchmark import METHODS, ROW, VARIANTS, bits_of, plan_runs
-from gplq.plugins.campaign import carry_out, metrics_of, task_of
+from gplq.plugins.benchmark import METHODS, ROW, VARIANTS
+from gplq.plugins.campaign import carry_out
+from gplq.plugins.campaign_arguments import add_campaign_arguments, request_of
 from gplq.plugins.command_line import exit_on_error
 
 EXAMPLE = """example:
@@ -27,14 +25,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config', help='a config with the two lines')
-    parser.add_argument('checkpoint', help='its FP32 model')
-    parser.add_argument('--benchmark', required=True, help='name in the rows')
-    parser.add_argument('--metrics', nargs='+', help='default: bbox_mAP, or top1 for classifiers')
-    parser.add_argument(
-        '--bits', nargs='+', default=['4', '3'], help='of weights and activations, or such as W3A4 (default: 4 3)'
-    )
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='default: 0')
+    add_campaign_arguments(parser, bits=('4', '3'))
     parser.add_argument(
         '--methods',
         nargs='+',
@@ -51,10 +42,6 @@ def parse_args() -> argparse.Namespace:
         metavar='VARIANT',
         help=f"{_choices(VARIANTS)}; '' is the hook as it is (default: '')",
     )
-    parser.add_argument('--split', choices=('dev', 'test'), default='dev', help='default: dev')
-    parser.add_argument('--output', type=Path, help='default: results/BENCHMARK.jsonl; for dev, in --work-dir')
-    parser.add_argument('--work-dir', type=Path, help='default: work_dirs/BENCHMARK')
-    parser.add_argument('--options', nargs='+', default=[], metavar='KEY=VALUE', help='for every run')
     return parser.parse_args()
 
 
@@ -65,28 +52,8 @@ def _choices(names: Iterable[str]) -> str:
 
 def main() -> None:
     args = parse_args()
-    data_root = os.environ.get('GPLQ_DATA_ROOT')
-    if not data_root:
-        sys.exit('error: say where the data is: GPLQ_DATA_ROOT=PATH')
-    work = args.work_dir or Path('work_dirs', args.benchmark)
-    output = args.output or (Path('results') if args.split == 'test' else work) / f'{args.benchmark}.jsonl'
-    if wrong := [option for option in args.options if '=' not in option]:
-        sys.exit(f'error: --options wants KEY=VALUE, got {wrong[0]}')
-    task = task_of(args.config)
-    runs = plan_runs(
-        args.benchmark,
-        args.config,
-        args.checkpoint,
-        args.split,
-        args.methods,
-        [bits_of(text) for text in args.bits],
-        args.seeds,
-        args.variants,
-        dict(option.split('=', 1) for option in args.options),
-        work,
-        task,
-    )
-    carry_out(list(runs), args.metrics or metrics_of(task), data_root, output)
+    request = request_of(args)
+    carry_out(request.runs(args.methods, args.variants), request.metrics, request.data_root, request.output)
 
 
 if __name__ == '__main__':
