@@ -405,7 +405,7 @@ class _Planner:
             else:
                 left = _operand('attention_map', attention, call.left_shape, module, call)
                 right = _operand('value', value, call.right_shape, module, call)
-                if not call.einsum and _columns_are_channels(module, call.right_shape):
+                if not call.einsum and _columns_are_channels(module, call):
                     right = _per_channel(right, call.right_shape[-1])
         return ProductPlan(owner, position, left, right, call.multiplications)
 
@@ -523,14 +523,17 @@ def _per_channel(operand: OperandPlan, channels: int) -> OperandPlan:
     return OperandPlan(operand.site, spec, shape, operand.merged_heads)
 
 
-def _columns_are_channels(owner: nn.Module, shape: tuple[int, ...]) -> bool:
+def _columns_are_channels(owner: nn.Module, call: ProductCall) -> bool:
     """Whether the value's columns are channels, fixed by the architecture, and not tokens as in XCiT."""
     heads = next((h for a in _HEADS if isinstance(h := getattr(owner, a, None), int) and h > 1), 1)
     widths = {w for c in owner.children() if isinstance(c, nn.Linear) for w in (c.in_features, c.out_features)}
     if isinstance(owner, nn.MultiheadAttention):
         return True
-    rows, columns = shape[-2:]
-    return columns * heads in widths and rows * heads not in widths
+    rows, columns = call.right_shape[-2:]
+    if columns * heads not in widths:
+        return False
+    # Where there happen to be as many tokens as channels in a head, sizes cannot tell.
+    return rows * heads not in widths or call.right_adjacent
 
 
 def _same_as_linear(module: nn.Linear) -> bool:

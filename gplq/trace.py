@@ -96,7 +96,9 @@ class LinearCall:
 class ProductCall:
     """A product of two tensors that are not parameters; ``stack`` names the running modules, innermost last.
 
-    ``merged`` is how many heads lie innermost in a batch axis that they share with the images, 0 if none do.
+    ``merged`` is how many heads lie innermost in a batch axis that they share with the images, 0 if none do;
+    ``right_adjacent`` says that the right operand views memory in which its columns are neighbors and its rows are not,
+    as the channels that a layer wrote.
     """
 
     stack: tuple[str, ...]
@@ -109,6 +111,7 @@ class ProductCall:
     left_softmaxes: frozenset[int]
     right_softmaxes: frozenset[int]
     merged: int
+    right_adjacent: bool
 
 
 @dataclass(frozen=True)
@@ -347,6 +350,7 @@ class _Tracer(TorchFunctionMode):
             left_softmaxes=tags[0].softmaxes,
             right_softmaxes=tags[1].softmaxes,
             merged=max(tag.merged for tag in tags),
+            right_adjacent=right._is_view() and right.stride(-1) == 1 < right.stride(-2),
         )
         index = len(self.trace.products)
         self.trace.products.append(call)

@@ -416,3 +416,29 @@ def test_first_and_last_layer_have_the_larger_bits(
 def test_half_precision_adds_up_in_another_order(toy_vit: Callable[..., nn.Module], images: Tensor) -> None:
     model = toy_vit(fused=True).bfloat16()
     assert gplq.prepare(model, 'w8a8', images[:2].bfloat16()).products
+
+
+class SquareAttention(nn.Module):
+    """As many tokens as channels in a head; over tokens, or over channels as XCiT's."""
+
+    def __init__(self, over: str) -> None:
+        super().__init__()
+        self.over = over
+        self.num_heads = 2
+        self.qkv = nn.Linear(8, 24)
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).reshape(len(x), 4, 3, 2, 4)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4) if self.over == 'tokens' else qkv.permute(2, 0, 3, 4, 1)
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        y = y.transpose(1, 2) if self.over == 'tokens' else y.permute(0, 3, 1, 2)
+        return self.proj(y.reshape(len(x), 4, 8))
+
+
+@pytest.mark.parametrize(('over', 'granularity'), [('tokens', 'channel'), ('channels', 'head')])
+def test_columns_of_values_where_sizes_cannot_tell_tokens_from_channels(over: str, granularity: str) -> None:
+    model = nn.Sequential(SquareAttention(over))
+    gplq.prepare(model, gplq.Recipe.gplq(), example_inputs=torch.randn(2, 4, 8))
+    (value,) = (site for site in gplq.summary(model).sites if site.site == 'value')
+    assert value.granularity == granularity
