@@ -148,7 +148,7 @@ def check_finite(loss: float, iteration: int) -> None:
     """
     if not math.isfinite(loss):
         raise TrainingError(
-            f'the loss of iteration {iteration} is {loss}: lower lr or scale_lr; weights before this iteration are kept'
+            f'the loss of iteration {iteration} is {loss}: lower lr or scale_lr; the weights are those before it'
         )
 
 
@@ -162,8 +162,7 @@ def check_gradients(parameters: Iterable[Tensor], iteration: int) -> None:
     norm = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
     if not math.isfinite(float(norm)):
         raise TrainingError(
-            f'a gradient of iteration {iteration} is not finite: lower lr or scale_lr; '
-            'weights before this iteration are kept'
+            f'a gradient of iteration {iteration} is not finite: lower lr or scale_lr; the weights are those before it'
         )
 
 

@@ -10,7 +10,7 @@ from gplq.errors import CheckpointError
 from gplq.recipe import Recipe
 from gplq.spec import QuantizerSpec, check_bits
 
-__all__ = ['Floating', 'MapPlan', 'OperandPlan', 'OwnerPlan', 'Plan', 'ProductPlan']
+__all__ = ['NOT_RUN', 'Floating', 'MapPlan', 'OperandPlan', 'OwnerPlan', 'Plan', 'ProductPlan']
 
 # No published backbone comes near; a file that says more is damaged or hostile.
 MAX_SITES = 100_000
@@ -63,9 +63,13 @@ class OwnerPlan:
     functional_linears: tuple[str, ...]
 
 
+# Ends the reason of a layer whose multiplications nobody knows.
+NOT_RUN = 'it did not run in the example, so its multiplications are not counted'
+
+
 @dataclass(frozen=True)
 class Floating:
-    """A layer or product that stays in floating point, and why."""
+    """A layer or product that stays in floating point, and why; the root's name is ``''``."""
 
     name: str
     what: str

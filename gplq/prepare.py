@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from gplq.errors import CalibrationError, ProductError, RecipeError, StageError, TargetError
 from gplq.insert import insert
 from gplq.layers import DecomposedMultiheadAttention
-from gplq.plan import Floating, MapPlan, OperandPlan, OwnerPlan, Plan, ProductPlan
+from gplq.plan import NOT_RUN, Floating, MapPlan, OperandPlan, OwnerPlan, Plan, ProductPlan
 from gplq.products import ProductOwner
 from gplq.recipe import Recipe, as_recipe
 from gplq.record import is_prepared
@@ -174,7 +174,7 @@ class _Planner:
             maps=tuple(maps),
             products=tuple(products),
             owners=tuple(owners),
-            floating=tuple(self.floating + self._by_design()),
+            floating=tuple(self.floating + self._others() + self._unseen() + self._by_design()),
             blocks=tuple(self._blocks({p.owner for p in products}, maps)),
             multiheads=self.targets.multiheads,
             norms=tuple(self._norms(maps)),
@@ -184,11 +184,15 @@ class _Planner:
 
     def _maps(self) -> list[MapPlan]:
         calls: dict[str, list[LinearCall]] = defaultdict(list)
+        functional: dict[tuple[str, str], list[LinearCall]] = defaultdict(list)
         for call in self.trace.linears:
             # A decomposed attention multiplies by thirds of its weight, which are no parameters themselves; a
             # layer may standardize its weight on the fly.
             computed = not call.layer and call.owner in self.targets.layers
-            calls[call.owner if computed else call.layer].append(call)
+            if call.layer or computed:
+                calls[call.owner if computed else call.layer].append(call)
+            else:
+                functional[call.owner, call.kind].append(call)
         shared = self._shared_weights()
         maps: list[MapPlan] = []
         for name, made in calls.items():
@@ -201,8 +205,11 @@ class _Planner:
                 assert isinstance(module, (nn.Linear, nn.Conv2d))
                 maps.append(self._map(name, module, made, multiplications))
             else:
-                what = type(module).__name__ if module is not None else 'F.linear'
-                self.floating.append(Floating(name or made[0].owner, what, reason, multiplications))
+                self.floating.append(Floating(name, type(module).__name__, reason, multiplications))
+        for (owner, kind), made in functional.items():
+            reason = 'its weight is computed, or a parameter of no layer'
+            what = 'F.linear' if kind == 'linear' else kind
+            self.floating.append(Floating(owner, what, reason, sum(call.multiplications for call in made)))
         ran = set(calls)
         unseen = sorted(self.targets.layers - ran)
         if unseen:
@@ -444,6 +451,26 @@ class _Planner:
                     )
 
     # The rest
+
+    def _others(self) -> list[Floating]:
+        """Functions that multiply without being a layer or a product of two activations."""
+        found: dict[tuple[str, str, str], int] = defaultdict(int)
+        for call in self.trace.others:
+            reason = 'one operand is a parameter of no layer' if call.by_parameter else 'no product of two activations'
+            found[call.stack[-1] if call.stack else '', call.function, reason] += call.multiplications
+        return [Floating(name, what, reason, count) for (name, what, reason), count in found.items()]
+
+    def _unseen(self) -> list[Floating]:
+        """Layers that the example did not reach, such as a detector's heads where it runs the backbone alone."""
+        kinds = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+        ran = set(self.trace.ran) | {call.layer for call in self.trace.linears} | self.targets.layers
+        names = [name for name, module in self.modules.items() if isinstance(module, kinds) and name not in ran]
+        # What a MultiheadAttention holds runs by its weight alone.
+        return [
+            Floating(name, type(self.modules[name]).__name__, f'{self.targets.reason(name)}; {NOT_RUN}', 0)
+            for name in names
+            if not any(name.startswith(f'{owner}.') for owner in self.targets.multiheads)
+        ]
 
     def _blocks(self, owners: set[str], maps: list[MapPlan]) -> list[str]:
         """Innermost members of a list that map tokens to as many, and hold an attention; in running order."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gplq.plan import Floating
+from gplq.plan import NOT_RUN, Floating
 from gplq.quantizer import Quantizer
 from gplq.record import map_of, named_products, record_of, weight_views
 from gplq.size import effective_bits, float_bytes, packed_model_bytes, view_bytes
@@ -70,10 +70,12 @@ class Summary:
             lines.append(_line(weight.name, shape, str(weight.bits), str(weight.bytes), state))
         if self.floating:
             lines += ['', 'in floating point:']
-            lines += [f'  {row.name} ({row.what}): {row.reason}' for row in self.floating]
+            lines += [f'  {row.name or "the model"} ({row.what}): {row.reason}' for row in self.floating]
+        unseen = sum(row.reason.endswith(NOT_RUN) for row in self.floating)
+        without = f' of those in the example, which {unseen} layers took no part in' if unseen else ''
         lines += [
             '',
-            f'multiplications with both operands quantized: {self.quantized_multiplications:.1%}',
+            f'multiplications with both operands quantized: {self.quantized_multiplications:.1%}{without}',
             f'bytes of weights that are quantized: {self.quantized_bytes:.1%} of the FP32 model',
             f'size: {self.float_bytes / 2**20:.2f} MiB in FP32, {self.packed_bytes / 2**20:.2f} MiB packed '
             f'({self.float_bytes / max(self.packed_bytes, 1):.2f} times smaller), '

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from gplq.products import product_operands, scaled_dot_product_parts
 
-__all__ = ['LinearCall', 'ProductCall', 'SoftmaxCall', 'Trace', 'evaluating', 'trace_forward']
+__all__ = ['LinearCall', 'OtherCall', 'ProductCall', 'SoftmaxCall', 'Trace', 'evaluating', 'trace_forward']
 
 _SOFTMAX = frozenset({F.softmax, torch.softmax, Tensor.softmax})
 _CONV = frozenset({F.conv2d, torch.conv2d})
@@ -128,6 +131,16 @@ class SoftmaxCall:
     mixed: bool = False
 
 
+@dataclass(frozen=True)
+class OtherCall:
+    """A function that multiplies otherwise, such as activations by a parameter that belongs to no layer."""
+
+    stack: tuple[str, ...]
+    function: str
+    multiplications: int
+    by_parameter: bool
+
+
 @dataclass
 class Trace:
     """All that one forward pass showed."""
@@ -135,6 +148,7 @@ class Trace:
     linears: list[LinearCall] = field(default_factory=list)
     products: list[ProductCall] = field(default_factory=list)
     softmaxes: list[SoftmaxCall] = field(default_factory=list)
+    others: list[OtherCall] = field(default_factory=list)
     opaque: dict[str, str] = field(default_factory=dict)
     blocks: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ran: list[str] = field(default_factory=list)
@@ -160,7 +174,7 @@ def trace_forward(model: nn.Module, forward: Callable[[nn.Module], Any]) -> tupl
     """Run ``forward(model)`` in inference mode and report what ran, with the output."""
     tracer = _Tracer(model)
     with evaluating(model), tracer.modules():
-        with tracer:
+        with tracer.counter, tracer:
             output = forward(model)
     # Logits are (batch, classes); feature maps and token sequences have more dimensions.
     tracer.trace.final_layers = frozenset().union(*(tracer.layers_behind(x) for x in _tensors(output) if x.dim() == 2))
@@ -207,10 +221,29 @@ def _moves_channels(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return False
 
 
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the multiplications of whatever runs."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.multiplications = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            # torch counts a multiplication and an addition.
+            self.multiplications += int(count(*args, **(kwargs or {}), out_val=output)) // 2
+        return output
+
+
 class _Tracer(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.trace = Trace()
+        self.counter = _Counter()
         self._names = {module: name for name, module in model.named_modules()}
         self._modules = dict(model.named_modules())
         self._layers = {
@@ -268,6 +301,7 @@ class _Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
+        before = self.counter.multiplications
         output = func(*args, **kwargs)
         operands = product_operands(func, args, kwargs)
         if operands is not None:
@@ -290,6 +324,13 @@ class _Tracer(TorchFunctionMode):
         elif func is F.multi_head_attention_forward:
             self.trace.opaque[self._running[-1] if self._running else ''] = 'fused attention'
         learned = any(isinstance(x, nn.Parameter) for x in given)
+        multiplied = self.counter.multiplications - before
+        if func is F.bilinear:
+            # A kernel of its own, which torch does not count.
+            multiplied = output.numel() * math.prod(x.shape[-1] for x in given[:2])
+        if multiplied and func is not F.linear and func not in _CONV | _OTHER_CONV:
+            name = getattr(func, '__name__', str(func))
+            self.trace.others.append(OtherCall(tuple(self._running), name, multiplied, learned))
         tag = _Tag(
             constant=all(tag.constant for tag in tags),
             products=frozenset().union(*(tag.products for tag in tags)),

@@ -14,6 +14,7 @@ from gplq.errors import GPLQError
 
 from .allocator import keep_freed_memory
 from .data_root import apply_options
+from .downloads import read_downloads_safely
 from .preflight import PreflightError
 from .safe_load import allow_mmengine_objects
 
@@ -65,6 +66,7 @@ def read_config(args: argparse.Namespace) -> Config:
         importlib.import_module('gplq.plugins.detection')
     keep_freed_memory()
     allow_mmengine_objects()
+    read_downloads_safely()
     cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
     apply_options(cfg, args.cfg_options)

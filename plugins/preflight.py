@@ -11,6 +11,10 @@ from gplq.errors import GPLQError
 __all__ = ['PreflightError', 'preflight']
 
 
+# Hooks that start from a whole model and skip its initialization.
+_STAGES = {'ActivationQATHook', 'GPLQHook', 'PTQ4ViTHook', 'VariationAwareQATHook', 'WeightPTQHook'}
+
+
 class PreflightError(GPLQError):
     """A file that the run needs is missing; the message names it and what to do."""
 
@@ -31,9 +35,10 @@ def preflight(cfg: Config, splits: tuple[str, ...] = ('train', 'val')) -> None:
             if evaluator.get('ann_file') and _is_local(evaluator['ann_file'], evaluator):
                 _check_data(Path(evaluator['ann_file']), 'annotation file', f'{split}_evaluator')
     if cfg.get('load_from') and _is_local(cfg.load_from) and not Path(cfg.load_from).is_file():
-        remedy = 'give one with --cfg-options load_from=PATH'
-        raise PreflightError(f'checkpoint {cfg.load_from} (load_from) does not exist; {remedy}')
-    # A checkpoint that will be loaded over the initial weights makes these superfluous, but they are read.
+        raise PreflightError(f'checkpoint {cfg.load_from} (load_from) does not exist; give the path of one that does')
+    # Read even where a checkpoint is loaded over them, but not by a test, and not where a stage begins.
+    if 'train' not in splits or _has_stages(cfg):
+        return
     for path, place in _initial_checkpoints(cfg.get('model', {}), 'model'):
         if _is_local(path) and not Path(path).is_file():
             remedy = f'give one with --cfg-options {place}=PATH'
@@ -85,6 +90,11 @@ def _initial_checkpoints(node: Any, place: str) -> Iterator[tuple[str, str]]:
             yield str(value['checkpoint']), f'{here}.checkpoint'
         else:
             yield from _initial_checkpoints(value, here)
+
+
+def _has_stages(cfg: Config) -> bool:
+    hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())]
+    return any(str(hook.get('type')).rpartition('.')[2] in _STAGES for hook in hooks if isinstance(hook, dict))
 
 
 def _is_local(path: str, owner: dict | None = None) -> bool:

@@ -231,10 +231,15 @@ def _cpu_name() -> str:
 
 
 def repeat_command() -> str:
-    """Give the command line of this process to be pasted; paths below the current folder are relative."""
+    """Give the command line of this process to be pasted; paths below the current folder are relative.
+
+    Where data and first weights are is said by variables, whose values are of this machine alone: a shell into which
+    the command is pasted asks for them.
+    """
     here = os.getcwd() + os.sep
     arguments = [argument.removeprefix(here) for argument in sys.orig_argv[1:]]
-    return shlex.join(['python', *arguments])
+    variables = sorted(name for name in os.environ if name.startswith('GPLQ_'))
+    return ' '.join([*(f'{name}=${{{name}:?}}' for name in variables), shlex.join(['python', *arguments])])
 
 
 @dataclass

@@ -20,9 +20,9 @@ from gplq.analysis import analyze, isolated
 from gplq.errors import RecipeError
 from gplq.files import write_bytes_atomically
 from gplq.plugins.analysis_page import Model, Sensitivity, render_page, write_csv, write_table
+from gplq.plugins.checkpoint_file import quantization_of, read_checkpoint
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
 from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
-from gplq.plugins.hooks.checkpoints import quantization_of, read_checkpoint
 from gplq.plugins.hooks.model import model_of
 from gplq.plugins.hooks.progress import logged_progress
 from gplq.plugins.hooks.report import evaluate

@@ -17,8 +17,9 @@ from gplq import prepare
 from gplq.errors import CheckpointError, GPLQError
 from gplq.files import write_atomically
 from gplq.outliers import inject_outliers
+from gplq.plugins.checkpoint_file import quantization_of, read_checkpoint, tensors_of
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
-from gplq.plugins.hooks.checkpoints import check_keys, quantization_of, read_checkpoint, tensors_of
+from gplq.plugins.hooks.checkpoints import check_keys
 from gplq.plugins.hooks.model import blank_forward
 from gplq.plugins.hooks.settings import HookSettings
 from gplq.record import record_of

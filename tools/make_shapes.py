@@ -6,6 +6,7 @@ import argparse
 
 from mmengine.utils import track_iter_progress
 
+from gplq.plugins.command_line import exit_on_error
 from gplq.plugins.detection.shapes import SPLITS, ShapesSettings, is_written, write_split
 
 EXAMPLE = 'example: python tools/make_shapes.py work_dirs/shapes --train 2000 --val 256'
@@ -40,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    exit_on_error(main)

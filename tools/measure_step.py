@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -26,12 +27,15 @@ from torch import nn
 
 from gplq import calibrate, prepare
 from gplq.activation_stage import ActivationStage, parameter_groups
+from gplq.errors import GPLQError
 from gplq.mimicking import FeatureTap, Mimicking, fit_mimicking_loss
+from gplq.plugins.campaign import read
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
 from gplq.plugins.hooks.data import calibration_loader
 from gplq.plugins.hooks.loss_term import LossTerm
 from gplq.plugins.hooks.model import PartForward, blank_forward, part_of, preprocess
 from gplq.plugins.hooks.settings import HookSettings
+from gplq.plugins.preflight import preflight
 from gplq.plugins.results import ResultRow, append_row, commit, file_sha256, measure, repeat_command, versions
 
 EXAMPLE = """example:
@@ -108,7 +112,11 @@ def peak_memory(cfg: Config, method: str) -> float:
 
 def main() -> None:
     args = parse_args()
+    read(args.config)
     cfg = read_config(args)
+    preflight(cfg)
+    if not cfg.get('load_from'):
+        raise GPLQError(f'{args.config} names no FP32 checkpoint: --cfg-options load_from=PATH')
     cfg = _without_hook(cfg)
     if args.only:
         print('PEAK ' + json.dumps(peak_memory(cfg, args.only)))
@@ -116,8 +124,10 @@ def main() -> None:
     peaks = {}
     for method in ('fp32', 'gplq'):
         command = [sys.executable, *sys.argv, '--only', method]
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        peaks[method] = json.loads(out.rsplit('PEAK ', 1)[1])
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise GPLQError(f'{shlex.join(command)} failed: {(done.stderr.splitlines() or ["it said nothing"])[-1]}')
+        peaks[method] = json.loads(done.stdout.rsplit('PEAK ', 1)[1])
     data = batches(cfg, args.steps + 2)
     seconds: dict[str, list[float]] = {'fp32': [], 'gplq': []}
     with step_of(cfg, 'fp32') as floating, step_of(cfg, 'gplq') as quantized:

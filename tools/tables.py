@@ -24,6 +24,8 @@ def main() -> None:
     args = parse_args()
     stale = False
     for page in args.pages or [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]:
+        if not page.is_file():
+            sys.exit(f'error: page {page} does not exist')
         text = page.read_text(encoding='utf-8')
         try:
             filled = fill_tables(text, ROOT)

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from gplq.errors import RecipeError
+
 __all__ = ['CLASSES', 'SPLITS', 'Instance', 'ShapesSettings', 'draw_image', 'is_written', 'write_split']
 
 CLASSES = ('disk', 'square', 'triangle', 'star', 'ring', 'cross')
@@ -43,9 +45,9 @@ class ShapesSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.min_objects <= self.max_objects:
-            raise ValueError(f'shapes: {self.min_objects} to {self.max_objects} objects an image: no range from 1 up')
+            raise RecipeError(f'shapes: {self.min_objects} to {self.max_objects} objects an image: no range from 1 up')
         if not 4 <= self.min_radius <= self.max_radius <= self.size // 2:
-            raise ValueError(
+            raise RecipeError(
                 f'shapes: radii of {self.min_radius} to {self.max_radius} pixels do not fit images of '
                 f'{self.size}; give at least 4 and at most half the size'
             )
@@ -158,10 +160,10 @@ def draw_image(settings: ShapesSettings, split: str, index: int) -> tuple[NDArra
     """Draw one image, (size, size, 3) RGB, and what can be seen in it; the arguments decide every pixel.
 
     Raises:
-        ValueError: the split is none of `SPLITS`.
+        RecipeError: the split is none of `SPLITS`.
     """
     if split not in SPLITS:
-        raise ValueError(f'shapes: no split {split!r}; one of {", ".join(SPLITS)}')
+        raise RecipeError(f'shapes: no split {split!r}; one of {", ".join(SPLITS)}')
     rng = np.random.default_rng([settings.seed, SPLITS.index(split), index])
     background = _color(rng)
     image = _texture(rng, settings.size, background)
@@ -218,11 +220,11 @@ def write_split(
     """Write `root/SPLIT/*.png` and `root/annotations/SPLIT.json`, the annotations last; return their path.
 
     Raises:
-        ValueError: fewer than one image.
+        RecipeError: fewer than one image.
         OSError: an image could not be written.
     """
     if images < 1:
-        raise ValueError(f'shapes: {images} images for {split}; give at least 1')
+        raise RecipeError(f'shapes: {images} images for {split}; give at least 1')
     root = Path(root)
     (root / split).mkdir(parents=True, exist_ok=True)
     path = _annotation_file(root, split)

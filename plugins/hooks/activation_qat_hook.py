@@ -19,8 +19,10 @@ from gplq.calibrate import calibrate
 from gplq.errors import CheckpointError, StageError
 from gplq.files import remove_unfinished
 from gplq.plugins.atomic_backend import BACKEND_ARGS, save_atomically
+from gplq.plugins.checkpoint_file import quantization_of
+from gplq.plugins.downloads import read_downloads_safely
 from gplq.plugins.hooks.average import adopt_average, copy_anew, refuse_earlier
-from gplq.plugins.hooks.checkpoints import check_keys, check_source, complete, quantization_of
+from gplq.plugins.hooks.checkpoints import check_keys, check_source, complete
 from gplq.plugins.hooks.company import refuse_beside
 from gplq.plugins.hooks.data import calibration_loader
 from gplq.plugins.hooks.guard import StepGuard
@@ -99,6 +101,7 @@ class ActivationQATHook(Hook):
         refuse_beside(runner, self, ActivationQATHook)
         refuse_earlier(runner, self)
         allow_mmengine_objects()
+        read_downloads_safely()
         training = trains(runner)
         if self._done or runner._has_loaded and not training:
             return

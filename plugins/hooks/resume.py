@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from gplq.errors import CheckpointError
 from gplq.files import write_bytes_atomically
 from gplq.plugins.atomic_backend import BACKEND_ARGS
-from gplq.plugins.hooks.checkpoints import read_checkpoint
+from gplq.plugins.checkpoint_file import read_checkpoint
 from gplq.plugins.hooks.settings import HookSettings
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     'check_same_stage',
     'describe_stage',
     'find_resume_point',
+    'iteration_of',
     'mark_run',
     'save_resume_point',
 ]
@@ -88,10 +89,11 @@ def find_resume_point(work_dir: str) -> str | None:
         if named and ('://' in named or Path(named).is_file()):
             return named
     found = [path for pattern in (RESUME, 'iter_*.pth', 'epoch_*.pth') for path in sorted(folder.glob(pattern))]
-    return str(max(found, key=_iteration)) if found else None
+    return str(max(found, key=iteration_of)) if found else None
 
 
-def _iteration(path: Path) -> int:
+def iteration_of(path: Path) -> int:
+    """Steps behind a checkpoint, -1 where it cannot be read."""
     try:
         return int(read_checkpoint(str(path))['meta']['iter'])
     except (CheckpointError, KeyError, TypeError, ValueError):

@@ -17,7 +17,7 @@ from gplq.errors import CheckpointError
 from gplq.files import write_atomically
 from gplq.mimicking import FeatureTap, Mimicking, MimickingLoss, fit_mimicking_loss
 from gplq.pca import PCABasis
-from gplq.plugins.hooks.checkpoints import read_checkpoint
+from gplq.plugins.checkpoint_file import read_checkpoint
 from gplq.plugins.hooks.model import model_of, part_of, preprocess
 from gplq.plugins.hooks.settings import HookSettings
 from gplq.plugins.results import file_sha256

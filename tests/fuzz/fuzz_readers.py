@@ -29,7 +29,8 @@ from torch.nn import functional as F
 import gplq
 from gplq.errors import GPLQError
 from gplq.fingerprint import fingerprint
-from gplq.plugins.hooks.checkpoints import check_keys, quantization_of, read_checkpoint
+from gplq.plugins.checkpoint_file import quantization_of, read_checkpoint
+from gplq.plugins.hooks.checkpoints import check_keys
 from gplq.plugins.hooks.settings import HookSettings
 from gplq.recipe import Recipe
 from gplq.serialization import adopt

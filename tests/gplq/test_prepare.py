@@ -442,3 +442,42 @@ def test_columns_of_values_where_sizes_cannot_tell_tokens_from_channels(over: st
     gplq.prepare(model, gplq.Recipe.gplq(), example_inputs=torch.randn(2, 4, 8))
     (value,) = (site for site in gplq.summary(model).sites if site.site == 'value')
     assert value.granularity == granularity
+
+
+class Multiplying(nn.Module):
+    """Multiplies in every way that is no Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.head = nn.ConvTranspose2d(8, 8, 2)
+        self.bilinear = nn.Bilinear(8, 8, 2)
+        self.table = nn.Parameter(torch.ones(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        torch.addmm(y.new_zeros(4), y.flatten(0, 1), self.table)
+        torch.einsum('bnc,cm->bnm', y, self.table)
+        F.linear(y, self.table.t() * 2)
+        return self.bilinear(y, y)
+
+
+def test_whatever_multiplies_is_listed_and_counted() -> None:
+    model = Multiplying()
+    plan = gplq.prepare(model, gplq.Recipe(targets=('fc',)), torch.randn(2, 3, 8))
+    rows = {(row.name, row.what): (row.multiplications, row.reason) for row in plan.floating}
+    by_parameter = 'one operand is a parameter of no layer'
+    assert rows == {
+        ('', 'F.linear'): (2 * 3 * 8 * 4, 'its weight is computed, or a parameter of no layer'),
+        ('', 'addmm'): (2 * 3 * 8 * 4, by_parameter),
+        ('', 'einsum'): (2 * 3 * 8 * 4, by_parameter),
+        ('bilinear', 'bilinear'): (2 * 3 * 8 * 8 * 2, by_parameter),
+        ('head', 'ConvTranspose2d'): (
+            0,
+            'outside targets; it did not run in the example, so its multiplications are not counted',
+        ),
+    }
+    text = str(gplq.summary(model))
+    assert 'the model (addmm)' in text
+    share = 2 * 3 * 8 * 8 / sum(count for count, _ in [*rows.values(), (2 * 3 * 8 * 8, '')])
+    assert f'both operands quantized: {share:.1%} of those in the example, which 1 layers took no part in' in text

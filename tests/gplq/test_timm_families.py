@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import gplq
 from gplq import integer
@@ -474,6 +476,18 @@ def test_verbs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     loaded = gplq.load(family.make(), tmp_path / 'model.safetensors').eval()
     with torch.no_grad():
         assert torch.equal(loaded(images), found)
+
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FAMILIES])
+def test_every_multiplication_is_in_the_summary(name: str) -> None:
+    family = FAMILIES[name]
+    model, images = family.make().eval(), pictures(family.size)[:1]
+    # The fused kernel of the CPU is one that torch does not count. Its module tracker wants gradients.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images)
+    plan = gplq.prepare(model, 'w4a4', images)
+    rows = (*plan.maps, *plan.products, *plan.floating)
+    assert 2 * sum(row.multiplications for row in rows) == counter.get_total_flops()
 
 
 def test_attention_without_products_is_refused_by_name() -> None:

@@ -44,7 +44,7 @@ def test_complete_config_passes(root: Path) -> None:
         ),
         ('train_dataloader.dataset.dataset.data_prefix.img', 'none/', r'image folder \S*none \(train_dataloader\)'),
         ('val_evaluator.ann_file', 'none.json', r'annotation file none.json \(val_evaluator\)'),
-        ('load_from', 'none.pth', r'checkpoint none.pth \(load_from\).*load_from=PATH'),
+        ('load_from', 'none.pth', r'checkpoint none.pth \(load_from\).*give the path'),
         ('model.backbone.init_cfg.checkpoint', 'none.pth', r'none.pth \(model.backbone.init_cfg.checkpoint\)'),
     ],
 )
@@ -77,3 +77,12 @@ def test_data_behind_another_backend_is_left_alone(root: Path) -> None:
 
 def test_config_without_data_passes() -> None:
     preflight(Config(dict(model=dict(type='ToyModel'))))
+
+
+@pytest.mark.parametrize('type', ['gplq.plugins.GPLQHook', 'WeightPTQHook'])
+def test_initial_weights_that_nobody_reads_may_be_missing(root: Path, type: str) -> None:
+    cfg = config(root)
+    cfg.model.backbone.init_cfg.checkpoint = 'none.pth'
+    preflight(cfg, splits=('test',))
+    cfg.default_hooks = dict(gplq=dict(type=type))
+    preflight(cfg)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import subprocess
+import sys
 import time
 from dataclasses import asdict, replace
 
@@ -18,6 +19,7 @@ from gplq.plugins.results import (
     file_sha256,
     measure,
     read_rows,
+    repeat_command,
     versions,
 )
 
@@ -180,3 +182,14 @@ def test_measure_is_filled_when_the_block_fails() -> None:
     with pytest.raises(KeyError), measure() as result:
         raise KeyError
     assert result.minutes > 0
+
+
+def test_a_command_asks_for_what_is_of_this_machine_alone(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'orig_argv', ['/usr/bin/python3', 'tools/test.py', f'{tmp_path}/a b.pth'])
+    monkeypatch.setenv('GPLQ_DATA_ROOT', '/disk/data')
+    command = repeat_command()
+    assert command == "GPLQ_DATA_ROOT=${GPLQ_DATA_ROOT:?} python tools/test.py 'a b.pth'"
+    monkeypatch.delenv('GPLQ_DATA_ROOT')
+    asked = subprocess.run(['sh', '-c', command], capture_output=True, text=True)
+    assert asked.returncode and 'GPLQ_DATA_ROOT' in asked.stderr

@@ -39,16 +39,41 @@ def test_quantized_checkpoint_is_run_quantized(train: Callable, steps_of: Callab
         assert measure(step['checkpoint'], hook=True)[1] == step['metrics']
 
 
-def test_fp32_checkpoint_is_left_alone(
-    checkpoint: Path, tmp_path: Path, measure: Callable, log_of: Callable[[Runner], str]
-) -> None:
-    saved = torch.load(checkpoint, weights_only=True)
-    saved['state_dict'].pop('head.bias')
-    torch.save(saved, tmp_path / 'partial.pth')
-    runner, metrics = measure(str(tmp_path / 'partial.pth'))
+def test_fp32_checkpoint_is_left_alone(checkpoint: Path, measure: Callable, log_of: Callable[[Runner], str]) -> None:
+    runner, metrics = measure(str(checkpoint))
     assert metrics['toy/accuracy'] >= 0
     assert not is_prepared(runner.model)
     assert 'GPLQ' not in log_of(runner).partition('Load checkpoint')[0].rpartition('Hooks will be executed')[2]
+
+
+@pytest.fixture
+def partial(checkpoint: Path, tmp_path: Path) -> str:
+    saved = torch.load(checkpoint, weights_only=True)
+    saved['state_dict'].pop('head.bias')
+    torch.save(saved, tmp_path / 'partial.pth')
+    return str(tmp_path / 'partial.pth')
+
+
+def test_a_part_of_a_model_is_not_measured(partial: str, measure: Callable) -> None:
+    with pytest.raises(CheckpointError, match=r"1 of \d+ tensors are missing, such as \['head.bias'\]"):
+        measure(partial)
+
+
+def test_fp32_training_may_start_from_a_part(partial: str, make_config: Callable[..., Config]) -> None:
+    config = make_config('train')
+    config.load_from = partial
+    config.default_hooks.pop('gplq')
+    runner = Runner.from_cfg(config)
+    runner.register_hook(RestoreHook())
+    runner.train()
+    assert runner.iter > 0
+
+
+def test_a_broken_checkpoint_is_refused_before_it_is_loaded(tmp_path: Path, measure: Callable) -> None:
+    path = tmp_path / 'text.pth'
+    path.write_text('<html>not found</html>')
+    with pytest.raises(CheckpointError, match='is text'):
+        measure(str(path))
 
 
 def test_training_in_fp32_from_a_quantized_checkpoint_is_refused(

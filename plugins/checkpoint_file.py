@@ -1,0 +1,118 @@
+"""Files of checkpoints: read without executing anything in them."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gplq.errors import CheckpointError
+from gplq.plugins.safe_load import allow_mmengine_objects
+
+__all__ = ['REMEDY', 'quantization_of', 'read_checkpoint', 'tensors_of']
+
+REMEDY = "give a checkpoint of this config's model, in training by load_from (--cfg-options load_from=PATH)"
+
+# How torch's restricted unpickler names what it refuses.
+_FOREIGN = re.compile(r'GLOBAL:? ([\w.]+)')
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Read a checkpoint without executing anything in it; tensors stay on disk until they are used.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, of another kind or holds foreign objects.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f'checkpoint {path} does not exist; {REMEDY}')
+    _check_kind(Path(path))
+    allow_mmengine_objects()
+    # Files from before torch 1.6 are no archives and cannot be mapped.
+    archive = zipfile.is_zipfile(path)
+    if archive and (damage := _damage(path)):
+        raise CheckpointError(f'checkpoint {path} is damaged: {damage}; copy or download it anew')
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=archive)
+    except Exception as error:
+        # What an unpickler says of bytes that nobody vouches for can be any error; it also advises to unpickle all.
+        told = str(error)
+        if isinstance(error, pickle.UnpicklingError) and 'Unsupported operand' not in told:
+            found = _FOREIGN.search(told)
+            raise CheckpointError(
+                f'checkpoint {path} holds objects that are not data{f", such as {found[1]}," if found else ""} and was '
+                'not read; save it anew with nothing but its state_dict'
+            ) from None
+        reason = told.partition('\n')[0][:200]
+        raise CheckpointError(
+            f'checkpoint {path} cannot be read, it may be truncated or not written by torch.save '
+            f'({type(error).__name__}: {reason})'
+        ) from None
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f'checkpoint {path} holds a {type(checkpoint).__name__}, not a state dict')
+    return checkpoint
+
+
+def _damage(path: str) -> str | None:
+    """What is wrong with the first member of an archive whose bytes changed since they were written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.compress_type != zipfile.ZIP_STORED:
+                    # Unpacking what nobody vouches for could take all memory.
+                    return f'{member.filename} in it is compressed, which torch.save never does'
+            changed = archive.testzip()
+            return changed and (
+                f'{changed} in it does not match its checksum (unless it was written without, by '
+                'torch.serialization.set_crc32_options(False): then save it anew with)'
+            )
+    except Exception as error:  # names, sizes and flags that nobody vouches for
+        return f'{type(error).__name__}: {error}'
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse what `torch.save` did not write, by its first bytes, and say what it is."""
+    with path.open('rb') as file:
+        head = file.read(200)
+    # An archive, a pickle from before torch 1.6, or nothing, which was cut off.
+    if not head or head.startswith((b'PK', b'\x80')):
+        return
+    text = head.decode(errors='ignore')
+    if 8 + int.from_bytes(head[:8], 'little') <= path.stat().st_size and head[8:9] == b'{':
+        found = 'is a safetensors file'
+        remedy = 'gplq.load reads those that GPLQ wrote; give the .pth beside it'
+    elif text.startswith('version https://git-lfs'):
+        found, remedy = 'is a Git LFS pointer, not the file itself', 'fetch it with `git lfs pull`'
+    elif ''.join(text.split()).isprintable():
+        found = f'is text, beginning with {" ".join(text.split())[:40]!r}'
+        remedy = 'if it was downloaded, the server answered with a message: download it again'
+    else:
+        found, remedy = f'is no checkpoint of torch, it begins with {head[:8]!r}', 'unpack or convert it first'
+    raise CheckpointError(f'checkpoint {path} {found}; {remedy}')
+
+
+def quantization_of(checkpoint: dict[str, Any]) -> dict[str, str] | None:
+    """What a checkpoint says about its quantization, None if it holds an FP32 model."""
+    meta = checkpoint.get('meta')
+    return meta.get('gplq') if isinstance(meta, dict) else None
+
+
+def tensors_of(checkpoint: dict[str, Any], source: str) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by their names in the model.
+
+    Raises:
+        CheckpointError: if there are none where mmengine looks for them.
+    """
+    state = checkpoint.get('state_dict', checkpoint)
+    if isinstance(state, dict):
+        named = {name: value for name, value in state.items() if isinstance(name, str)}
+        tensors = {n.removeprefix('module.'): t for n, t in named.items() if isinstance(t, torch.Tensor)}
+        if tensors:
+            return tensors
+    raise CheckpointError(
+        f"{source} has no tensors, neither under 'state_dict' nor at its top, where it holds {list(checkpoint)[:5]}; "
+        "save it anew as {'state_dict': …}"
+    )
