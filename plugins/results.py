@@ -238,8 +238,11 @@ def repeat_command() -> str:
     """
     here = os.getcwd() + os.sep
     arguments = [argument.removeprefix(here) for argument in sys.orig_argv[1:]]
-    variables = sorted(name for name in os.environ if name.startswith('GPLQ_'))
-    return ' '.join([*(f'{name}=${{{name}:?}}' for name in variables), shlex.join(['python', *arguments])])
+    command = shlex.join(['python', *arguments])
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith('GPLQ_') and value}
+    for name, value in variables.items():
+        command = command.replace(value, f'${{{name}}}')
+    return ' '.join([*(f'{name}=${{{name}:?}}' for name in variables), command])
 
 
 @dataclass

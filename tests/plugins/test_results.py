@@ -186,10 +186,14 @@ def test_measure_is_filled_when_the_block_fails() -> None:
 
 def test_a_command_asks_for_what_is_of_this_machine_alone(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'orig_argv', ['/usr/bin/python3', 'tools/test.py', f'{tmp_path}/a b.pth'])
+    monkeypatch.setattr(
+        sys, 'orig_argv', ['/usr/bin/python3', 'tools/test.py', f'{tmp_path}/a b.pth', 'ann_file=/disk/data/dev.json']
+    )
     monkeypatch.setenv('GPLQ_DATA_ROOT', '/disk/data')
     command = repeat_command()
-    assert command == "GPLQ_DATA_ROOT=${GPLQ_DATA_ROOT:?} python tools/test.py 'a b.pth'"
+    assert command == (
+        "GPLQ_DATA_ROOT=${GPLQ_DATA_ROOT:?} python tools/test.py 'a b.pth' ann_file=${GPLQ_DATA_ROOT}/dev.json"
+    )
     monkeypatch.delenv('GPLQ_DATA_ROOT')
     asked = subprocess.run(['sh', '-c', command], capture_output=True, text=True)
     assert asked.returncode and 'GPLQ_DATA_ROOT' in asked.stderr
