@@ -16,9 +16,9 @@ from gplq.layers import WeightView
 from gplq.recipe import Recipe
 from gplq.record import weight_views
 from gplq.spec import FLOAT_BITS
-from gplq.weights import choose_weight_scales, restore_weight, round_weight
+from gplq.weights import WeightScales, choose_weight_scales, restore_weight, round_weight
 
-__all__ = ['nearest', 'once', 'round_view', 'weights_rounded']
+__all__ = ['at_scales', 'nearest', 'once', 'round_view', 'weights_rounded']
 
 
 @torch.no_grad()
@@ -99,9 +99,12 @@ def nearest(view: WeightView, bits: int) -> Tensor:
     """The weight ``(rows, columns)`` rounded to nearest by least squared error, with its input's scales folded in."""
     matrix = view.matrix().float()
     column = view.map.column_scale.expand(matrix.shape[1])
-    folded = matrix * column
-    scales = choose_weight_scales(folded, bits, 'mse')
-    return restore_weight(round_weight(folded, scales, bits), scales) / column
+    return at_scales(matrix, column, choose_weight_scales(matrix * column, bits, 'mse'), bits)
+
+
+def at_scales(matrix: Tensor, column: Tensor, scales: WeightScales, bits: int) -> Tensor:
+    """A weight ``(rows, columns)`` rounded to nearest with its input's scales ``(columns,)`` folded in."""
+    return restore_weight(round_weight(matrix * column, scales, bits), scales) / column
 
 
 @contextmanager

@@ -20,14 +20,14 @@ from gplq.products import QuantizedProduct
 from gplq.progress import Progress, no_progress
 from gplq.quantizer import Quantizer
 from gplq.record import Stage, floating_point, named_products, record_of, weight_views
-from gplq.rounding import weights_rounded
+from gplq.rounding import at_scales, weights_rounded
 from gplq.sample_store import SampleStore
 from gplq.site_samples import collect_samples
 from gplq.spec import FLOAT_BITS
 from gplq.trace import evaluating
 from gplq.two_part import TwoPartQuantizer, TwoPartScale, candidates, parts_of, steps_of_parts
 from gplq.typecheck import check_types
-from gplq.weights import WeightScales, choose_weight_scales, restore_weight, round_weight
+from gplq.weights import WeightScales, choose_weight_scales
 
 __all__ = ['ScaleSearch', 'search_scales']
 
@@ -168,10 +168,6 @@ def _logits(output: Any) -> Tensor:
     return output
 
 
-def _round(matrix: Tensor, column: Tensor, scales: WeightScales, bits: int) -> Tensor:
-    return restore_weight(round_weight(matrix * column, scales, bits), scales) / column
-
-
 def _search_layer(view: WeightView, bits: int, samples: list[Tensor], search: ScaleSearch) -> None:
     """Scales of a layer's weight, a row each, and of its input."""
     x, slopes = (torch.cat(samples[part::2]) for part in range(2))
@@ -193,13 +189,13 @@ def _search_layer(view: WeightView, bits: int, samples: list[Tensor], search: Sc
                 totals = []
                 for trial in trials:
                     error = OutputError(metric, (exact.shape[0],))
-                    error.add((found @ _round(exact, column, trial, bits).t())[None], target, weight)
+                    error.add((found @ at_scales(exact, column, trial, bits).t())[None], target, weight)
                     totals.append(error.total())
                 return torch.cat(totals)
 
             scales = torch.stack([trial.scale for trial in trials])
             own.propose(scales.gather(0, _least(errors, search, ratios))[0])
-            rounded = _round(exact, column, WeightScales(own.scale, None), bits)
+            rounded = at_scales(exact, column, WeightScales(own.scale, None), bits)
         if quantizer is None or not quantizer.enabled:
             return
         transposed, before = rounded.t(), quantizer.scale.detach().clone()

@@ -318,7 +318,8 @@ class _Tracer(TorchFunctionMode):
         if func not in _JOINS and sum(bool(tag.layers) for tag in tags) > 1:
             # One activation times another, or a kernel of its own: no longer what a layer put out.
             layers = frozenset()
-        if func is F.linear or func in _CONV or func in _OTHER_CONV:
+        is_layer = func is F.linear or func in _CONV or func in _OTHER_CONV
+        if is_layer:
             layers = frozenset({self._linear(func, args, kwargs, output)})
             mixed = False
         elif func is F.multi_head_attention_forward:
@@ -328,7 +329,7 @@ class _Tracer(TorchFunctionMode):
         if func is F.bilinear:
             # A kernel of its own, which torch does not count.
             multiplied = output.numel() * math.prod(x.shape[-1] for x in given[:2])
-        if multiplied and func is not F.linear and func not in _CONV | _OTHER_CONV:
+        if multiplied and not is_layer:
             name = getattr(func, '__name__', str(func))
             self.trace.others.append(OtherCall(tuple(self._running), name, multiplied, learned))
         tag = _Tag(

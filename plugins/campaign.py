@@ -14,7 +14,7 @@ from gplq.plugins.benchmark import TOOL, Run, rows_of
 from gplq.plugins.comparison import Comparison
 from gplq.plugins.results import ResultError, append_row, file_sha256, read_rows
 
-__all__ = ['carry_out', 'metrics_of', 'model_of_config', 'read', 'task_of']
+__all__ = ['carry_out', 'check_hook', 'metrics_of', 'model_of_config', 'read', 'task_of']
 
 
 def task_of(config: str) -> str:
@@ -43,13 +43,22 @@ def read(config: str) -> Config:
     except Exception as error:
         # A config is a program; what it raises can be any error.
         raise ResultError(f'config {config} cannot be read: {type(error).__name__}: {error}') from error
+    check_hook(cfg, config)
+    return cfg
+
+
+def check_hook(cfg: Config, config: str) -> None:
+    """Refuse a config without the two lines.
+
+    Raises:
+        ResultError: it has no GPLQHook to set.
+    """
     hook = (cfg.get('default_hooks') or {}).get('gplq')
     if not isinstance(hook, dict) or not str(hook.get('type')).endswith('GPLQHook'):
         raise ResultError(
             f"config {config} has no default_hooks = dict(gplq=dict(type='gplq.plugins.GPLQHook', …)), whose settings "
             'the methods differ in: add it'
         )
-    return cfg
 
 
 def metrics_of(task: str) -> list[str]:

@@ -29,7 +29,7 @@ from gplq import calibrate, prepare
 from gplq.activation_stage import ActivationStage, parameter_groups
 from gplq.errors import GPLQError
 from gplq.mimicking import FeatureTap, Mimicking, fit_mimicking_loss
-from gplq.plugins.campaign import read
+from gplq.plugins.campaign import check_hook
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
 from gplq.plugins.hooks.data import calibration_loader
 from gplq.plugins.hooks.loss_term import LossTerm
@@ -112,8 +112,8 @@ def peak_memory(cfg: Config, method: str) -> float:
 
 def main() -> None:
     args = parse_args()
-    read(args.config)
     cfg = read_config(args)
+    check_hook(cfg, args.config)
     preflight(cfg)
     if not cfg.get('load_from'):
         raise GPLQError(f'{args.config} names no FP32 checkpoint: --cfg-options load_from=PATH')

@@ -114,7 +114,7 @@ class ProductPlanner:
         plans: list[ProductPlan] = []
         for index, call in enumerate(self.trace.products):
             role = roles.get(index)
-            name = call.stack[-1] if call.stack else ''
+            name = _innermost(call.stack)
             reason = None
             if call.constant and role is None:
                 reason = 'one operand follows from parameters alone, such as relative positions'
@@ -154,7 +154,7 @@ class ProductPlanner:
             if self.targets.covers(name):
                 raise ProductError(f"{name}: {why} hides its products; name it in skip=('{name}',) to leave it out")
         for number, softmax in enumerate(self.trace.softmaxes):
-            name = softmax.stack[-1] if softmax.stack else ''
+            name = _innermost(softmax.stack)
             reads = any(number in (c.left_softmaxes | c.right_softmaxes) for c in self.trace.products)
             feeds = any(roles.get(i, _Role('')).kind == 'query_key' for i in softmax.products)
             if not self._products_before(softmax) and softmax.layers:
@@ -188,15 +188,25 @@ class ProductPlanner:
         found: dict[tuple[str, str, str], int] = defaultdict(int)
         for call in self.trace.others:
             reason = 'one operand is a parameter of no layer' if call.by_parameter else 'no product of two activations'
-            found[call.stack[-1] if call.stack else '', call.function, reason] += call.multiplications
+            found[_innermost(call.stack), call.function, reason] += call.multiplications
         return [Floating(name, what, reason, count) for (name, what, reason), count in found.items()]
+
+
+def _innermost(stack: tuple[str, ...]) -> str:
+    """The module whose forward was running, ``''`` for the root."""
+    return stack[-1] if stack else ''
+
+
+def _heads(owner: nn.Module) -> int:
+    """How many heads a module says it has, 1 if it says nothing."""
+    return next((h for a in _HEADS if isinstance(h := getattr(owner, a, None), int) and h > 1), 1)
 
 
 def _operand(
     site: str, spec: QuantizerSpec, shape: tuple[int, ...], owner: nn.Module, call: ProductCall
 ) -> OperandPlan:
     """One scale a head where the head's axis is certain, else one in all."""
-    heads = next((h for a in _HEADS if isinstance(h := getattr(owner, a, None), int) and h > 1), 1)
+    heads = _heads(owner)
     batch = shape[:-2]
     axes = [axis for axis, size in enumerate(batch) if axis > 0 and size == heads]
     if not call.einsum and heads > 1:
@@ -216,7 +226,7 @@ def _per_channel(operand: OperandPlan, channels: int) -> OperandPlan:
 
 def _columns_are_channels(owner: nn.Module, call: ProductCall) -> bool:
     """Whether the value's columns are channels, fixed by the architecture, and not tokens as in XCiT."""
-    heads = next((h for a in _HEADS if isinstance(h := getattr(owner, a, None), int) and h > 1), 1)
+    heads = _heads(owner)
     widths = {w for c in owner.children() if isinstance(c, nn.Linear) for w in (c.in_features, c.out_features)}
     if isinstance(owner, nn.MultiheadAttention):
         return True
