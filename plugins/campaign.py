@@ -12,6 +12,7 @@ from mmengine.utils import track_iter_progress
 
 from gplq.plugins.benchmark import TOOL, Run, rows_of
 from gplq.plugins.comparison import Comparison
+from gplq.plugins.preflight import type_name
 from gplq.plugins.results import ResultError, append_row, file_sha256, read_rows
 
 __all__ = ['carry_out', 'check_hook', 'metrics_of', 'model_of_config', 'read', 'task_of']
@@ -54,7 +55,7 @@ def check_hook(cfg: Config, config: str) -> None:
         ResultError: it has no GPLQHook to set.
     """
     hook = (cfg.get('default_hooks') or {}).get('gplq')
-    if not isinstance(hook, dict) or not str(hook.get('type')).endswith('GPLQHook'):
+    if not isinstance(hook, dict) or type_name(hook.get('type')) != 'GPLQHook':
         raise ResultError(
             f"config {config} has no default_hooks = dict(gplq=dict(type='gplq.plugins.GPLQHook', …)), whose settings "
             'the methods differ in: add it'

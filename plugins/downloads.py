@@ -12,7 +12,7 @@ from mmengine.runner import checkpoint
 from gplq.errors import CheckpointError
 from gplq.plugins.checkpoint_file import read_checkpoint
 
-__all__ = ['read_downloads_safely']
+__all__ = ['download', 'read_downloads_safely']
 
 
 def read_downloads_safely() -> None:
@@ -25,7 +25,16 @@ def read_downloads_safely() -> None:
 
 
 def _load(url: str, model_dir: str | None = None, map_location: Any = None, progress: bool = True) -> dict[str, Any]:
-    """Take a checkpoint from torch's cache, downloading it if it is not there, to the CPU's memory."""
+    """Read a checkpoint to the CPU's memory, with the signature of what it stands in for."""
+    return read_checkpoint(str(download(url, model_dir, progress=progress)))
+
+
+def download(url: str, model_dir: str | None = None, *, progress: bool = True) -> Path:
+    """The file in torch's cache, or in ``model_dir``, that came from an address; fetched if it is not there yet.
+
+    Raises:
+        CheckpointError: if it cannot be fetched.
+    """
     folder = Path(model_dir or Path(torch.hub.get_dir(), 'checkpoints'))
     path = folder / Path(urlparse(url).path).name
     if not path.is_file():
@@ -36,4 +45,4 @@ def _load(url: str, model_dir: str | None = None, map_location: Any = None, prog
             raise CheckpointError(
                 f'checkpoint {url} cannot be downloaded ({error}); fetch it by other means and give its path'
             ) from None
-    return read_checkpoint(str(path))
+    return path

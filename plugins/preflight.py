@@ -8,11 +8,12 @@ from mmengine.config import Config
 
 from gplq.errors import GPLQError
 
-__all__ = ['PreflightError', 'preflight']
-
+__all__ = ['PreflightError', 'preflight', 'type_name']
 
 # Hooks that start from a whole model and skip its initialization.
 _STAGES = {'ActivationQATHook', 'GPLQHook', 'PTQ4ViTHook', 'VariationAwareQATHook', 'WeightPTQHook'}
+# By mmengine's registry, and the class.
+_FROM_FILE = {'Pretrained', 'PretrainedInit'}
 
 
 class PreflightError(GPLQError):
@@ -86,7 +87,7 @@ def _initial_checkpoints(node: Any, place: str) -> Iterator[tuple[str, str]]:
         return
     for key, value in node.items():
         here = f'{place}.{key}'
-        if key == 'init_cfg' and isinstance(value, dict) and value.get('type') == 'Pretrained':
+        if key == 'init_cfg' and isinstance(value, dict) and type_name(value.get('type')) in _FROM_FILE:
             yield str(value['checkpoint']), f'{here}.checkpoint'
         else:
             yield from _initial_checkpoints(value, here)
@@ -94,7 +95,13 @@ def _initial_checkpoints(node: Any, place: str) -> Iterator[tuple[str, str]]:
 
 def _has_stages(cfg: Config) -> bool:
     hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())]
-    return any(str(hook.get('type')).rpartition('.')[2] in _STAGES for hook in hooks if isinstance(hook, dict))
+    types = [hook.get('type') for hook in hooks if isinstance(hook, dict)]
+    return any(type_name(of) in _STAGES for of in types)
+
+
+def type_name(of: Any) -> str:
+    """The class's name in a `type` of a config, which configs in Python give as the class itself."""
+    return str(getattr(of, '__name__', of)).rpartition('.')[2]
 
 
 def _is_local(path: str, owner: dict | None = None) -> bool:

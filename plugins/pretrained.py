@@ -3,10 +3,16 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from gplq.errors import CheckpointError
+from gplq.plugins.checkpoint_file import read_checkpoint
+from gplq.plugins.downloads import download
 
 from .positions import resize_grid, resize_table
 
@@ -20,31 +26,30 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
     """Read tensors by name from a `.safetensors` or `.pth` file or URL; nothing in it is ever executed.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or holds anything but tensors in plain containers.
+        CheckpointError: the file is missing, damaged or holds anything but data.
     """
-    if '://' in path:
-        checkpoint = torch.hub.load_state_dict_from_url(path, map_location='cpu', weights_only=True)
-    elif not Path(path).is_file():
-        raise FileNotFoundError(f'checkpoint {path} does not exist')
-    else:
-        try:
-            is_plain = path.endswith('.safetensors')
-            checkpoint = load_file(path) if is_plain else torch.load(path, 'cpu', weights_only=True)
-        except Exception as error:  # each format has exceptions of its own, none of which names the file
-            raise ValueError(f'checkpoint {path} cannot be read as tensors: {error}') from error
+    file = str(download(path)) if '://' in path else path
+    if not Path(file).is_file():
+        raise CheckpointError(f'initial weights {path} do not exist; give the path of a .safetensors or .pth file')
+    checkpoint = _read_safetensors(file) if file.endswith('.safetensors') else read_checkpoint(file)
     for key in ('state_dict', 'model'):
         if isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
     return {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
 
 
+def _read_safetensors(path: str) -> dict[str, Any]:
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f'{path} is no whole safetensors file ({error}); copy or download it anew') from None
+
+
 def fit_backbone_state(backbone: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Pick the tensors that belong to `backbone`: a leading `backbone.` goes, positions are resized.
 
     Raises:
-        ValueError: a parameter other than relative positions is missing or has another shape, as it would
-        when
+        CheckpointError: a parameter other than relative positions is missing or has another shape, as it would when
             `source` holds another architecture.
     """
     inside = [name for name in state if name.startswith('backbone.')]
@@ -55,10 +60,10 @@ def fit_backbone_state(backbone: nn.Module, state: Mapping[str, Tensor], source:
         if name not in state and '.rel_pos_' in name:
             continue
         if name not in state:
-            raise ValueError(f'{source} has no {name}; is it the checkpoint of another architecture?')
+            raise CheckpointError(f'{source} has no {name}; is it the checkpoint of another architecture?')
         fitted[name] = _resized(name, state[name], wanted)
         if fitted[name].shape != wanted.shape:
-            raise ValueError(
+            raise CheckpointError(
                 f'{source}: {name} has shape {tuple(state[name].shape)} and not {tuple(wanted.shape)}; '
                 'is it the checkpoint of another architecture?'
             )

@@ -9,6 +9,7 @@ import timm
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
+from gplq.errors import RecipeError
 from gplq.plugins.pretrained import fit_backbone_state
 
 __all__ = ['BACKBONE', 'check_model_name', 'fit_timm_state', 'inside_backbone']
@@ -21,12 +22,12 @@ def check_model_name(name: str, owner: str) -> None:
     """Refuse a name that timm has no model of.
 
     Raises:
-        ValueError: naming ``owner``, timm's version and models of similar names.
+        RecipeError: naming ``owner``, timm's version and models of similar names.
     """
     # A name with a colon is looked up elsewhere; what follows a dot is a choice of weights.
     if ':' not in name and not timm.is_model(name.split('.')[0]):
         near = timm.list_models(f'*{name.split("_")[0]}*')[:5]
-        raise ValueError(f'{owner}: timm {timm.__version__} has no model {name!r}; it has {near}')
+        raise RecipeError(f'{owner}: timm {timm.__version__} has no model {name!r}; it has {near}')
 
 
 def inside_backbone(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -41,7 +42,7 @@ def fit_timm_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -
     Positions and Swin's tables of biases are resized to those of ``model``.
 
     Raises:
-        ValueError: a tensor is missing or has another shape, as it would when ``source`` holds another architecture.
+        CheckpointError: a tensor is missing or has another shape, as if ``source`` held another architecture.
     """
     own = model.state_dict()
     names = {_flat(name): name for name in own}

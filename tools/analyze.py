@@ -55,9 +55,7 @@ class _Found:
     """A model in its Runner, calibrated or quantized."""
 
     def __init__(self, cfg: Config, checkpoint: str, bits: str | None, work_dir: Path) -> None:
-        hook = dict((cfg.get('default_hooks') or {}).pop('gplq', None) or {})
-        if not hook:
-            raise RecipeError(f'{cfg.filename} has no default_hooks.gplq: give a config with the two lines')
+        hook = dict(cfg.default_hooks.pop('gplq'))
         hook.pop('type')
         if bits is not None:
             found = Recipe.from_string(bits)
@@ -86,25 +84,38 @@ class _Found:
 
 def main() -> None:
     args = parse_args()
-    cfg = read_config(args)
-    cfg.load_from = args.checkpoint
-    preflight(cfg)
+    cfg = _read(args, args.checkpoint)
     work = Path(cfg.work_dir)
+    # Before anything takes minutes.
+    others = [
+        _read(
+            argparse.Namespace(**{**vars(args), 'config': config, 'work_dir': str(work / Path(config).stem)}), weights
+        )
+        for config, weights in args.beside
+    ]
     found = _Found(cfg, args.checkpoint, args.bits, work)
     models = [found.sites(Path(args.config).stem, args.samples)]
     sensitivities: list[Sensitivity] = []
     metric, fp32, whole = '', None, None
     if args.sensitivity:
         sensitivities, metric, fp32, whole = _sensitivities(found, args.metric)
-    for config, checkpoint in args.beside:
-        beside = argparse.Namespace(**{**vars(args), 'config': config, 'work_dir': str(work / Path(config).stem)})
-        other = _Found(read_config(beside), checkpoint, args.bits, work / Path(config).stem)
-        models.append(other.sites(Path(config).stem, args.samples))
+    for other in others:
+        name = Path(other.filename).stem
+        models.append(_Found(other, other.load_from, args.bits, work / name).sites(name, args.samples))
     write_bytes_atomically(work / 'analysis.md', write_table(models).encode())
     write_bytes_atomically(work / 'analysis.csv', write_csv(models).encode())
     page = render_page(models, sensitivities, metric, fp32, whole)
     write_bytes_atomically(work / 'analysis.html', page.encode())
     print(f'{work}/analysis.html, .md and .csv')
+
+
+def _read(args: argparse.Namespace, checkpoint: str) -> Config:
+    cfg = read_config(args)
+    if not (cfg.get('default_hooks') or {}).get('gplq'):
+        raise RecipeError(f'{args.config} has no default_hooks.gplq: give a config with the two lines')
+    cfg.load_from = checkpoint
+    preflight(cfg)
+    return cfg
 
 
 def _sensitivities(found: _Found, name: str | None) -> tuple[list[Sensitivity], str, float, float]:

@@ -7,6 +7,8 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gplq.errors import RecipeError
+
 from .layer_norm import LN2d
 
 __all__ = ['SimpleFPN']
@@ -33,7 +35,7 @@ class SimpleFPN(BaseModule):
     ) -> None:
         super().__init__(init_cfg=init_cfg)
         if num_outs < len(scales):
-            raise ValueError(f'SimpleFPN: num_outs={num_outs} is less than the number of scales {tuple(scales)}')
+            raise RecipeError(f'SimpleFPN: num_outs={num_outs} is less than the number of scales {tuple(scales)}')
         norm_cfg = dict(type=LN2d) if norm_cfg is None else norm_cfg
         self.num_extra = num_outs - len(scales)
         self.lateral_convs = nn.ModuleList()
@@ -47,7 +49,7 @@ class SimpleFPN(BaseModule):
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if len(inputs) != 1:
-            raise ValueError(f'SimpleFPN takes the one map of a plain backbone, got {len(inputs)} maps')
+            raise RecipeError(f'SimpleFPN takes the one map of a plain backbone, got {len(inputs)} maps')
         outputs = []
         for index, (lateral, output) in enumerate(zip(self.lateral_convs, self.fpn_convs, strict=True)):
             resample = self.get_submodule(f'fpn{index + 1}')
@@ -74,4 +76,4 @@ def _resample(channels: int, scale: float, norm_cfg: dict) -> tuple[nn.Module, i
     if scale in (0.5, 0.25):
         stride = round(1 / scale)
         return nn.MaxPool2d(kernel_size=stride, stride=stride), channels
-    raise ValueError(f'SimpleFPN: scale {scale} is none of 4, 2, 1, 0.5, 0.25')
+    raise RecipeError(f'SimpleFPN: scale {scale} is none of 4, 2, 1, 0.5, 0.25')

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from gplq.errors import RecipeError
 from gplq.plugins.positions import absolute_positions, relative_bias
 from gplq.plugins.pretrained import fit_backbone_state, read_state_dict
 
@@ -60,7 +61,7 @@ class ViT(BaseModule):
         super().__init__(init_cfg=init_cfg)
         unknown = sorted(index for index in window_block_indexes if not 0 <= index < depth)
         if unknown:
-            raise ValueError(f'ViT: window_block_indexes has {unknown}, but the blocks are 0 to {depth - 1}')
+            raise RecipeError(f'ViT: window_block_indexes has {unknown}, but the blocks are 0 to {depth - 1}')
         self.with_cp = with_cp
         self.patch_embed = PatchEmbed(in_channels, embed_dim, patch_size)
         # The first row belongs to the class token, which detectors do not use but checkpoints carry.
@@ -118,7 +119,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         side = self.proj.stride[0]
         if x.shape[-2] % side or x.shape[-1] % side:
-            raise ValueError(
+            raise RecipeError(
                 f'ViT: an image of {x.shape[-2]} x {x.shape[-1]} is no multiple of the patch size {side}; '
                 'set data_preprocessor.pad_size_divisor to a multiple of it'
             )
@@ -164,7 +165,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, rel_pos_size: int | None) -> None:
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f'ViT: width {dim} is no multiple of {num_heads} heads')
+            raise RecipeError(f'ViT: width {dim} is no multiple of {num_heads} heads')
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)

@@ -172,7 +172,7 @@ class TimmClassifier(BaseModel):
         """Compare with timm's own classifier: some have two heads, or more than a Linear in one.
 
         Raises:
-            ValueError: if the logits differ.
+            CheckpointError: if the logits differ.
         """
         whole = timm.create_model(self.model_name, num_classes=self.head.out_features, **self.model_args)
         whole.load_state_dict(fit_timm_state(whole, state, source))
@@ -182,7 +182,7 @@ class TimmClassifier(BaseModel):
             ours, theirs = self.eval().cpu()(image), whole.eval()(image)
         self.train(training)
         if not torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3):
-            raise ValueError(
+            raise CheckpointError(
                 f'TimmClassifier: the head of {self.model_name} is more than one Linear on pooled features, so '
                 f'{source} would lose some of it; take a model with a plain head, or train a fresh one (num_classes)'
             )

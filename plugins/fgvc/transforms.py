@@ -9,7 +9,7 @@ import torchvision.transforms.v2 as torchvision_transforms
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 
-from gplq.errors import DataError
+from gplq.errors import DataError, RecipeError
 
 __all__ = ['LoadImage', 'PackImage', 'TimmTransform', 'TorchvisionTransform']
 
@@ -70,7 +70,7 @@ class TorchvisionTransform:
         transforms: such as `[dict(type='Resize', size=256), dict(type='CenterCrop', size=224)]`.
 
     Raises:
-        ValueError: torchvision has no transform of a name.
+        RecipeError: torchvision has no transform of a name.
     """
 
     def __init__(self, transforms: Sequence[dict[str, Any]]) -> None:
@@ -80,7 +80,7 @@ class TorchvisionTransform:
             name = options.pop('type')
             kind = getattr(torchvision_transforms, name, None)
             if kind is None:
-                raise ValueError(f'TorchvisionTransform: torchvision.transforms.v2 has no {name!r}')
+                raise RecipeError(f'TorchvisionTransform: torchvision.transforms.v2 has no {name!r}')
             steps.append(kind(**options))
         self.transform = torchvision_transforms.Compose(steps)
 

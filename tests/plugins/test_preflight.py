@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from mmengine.model import PretrainedInit
 
+from gplq.plugins.hooks import GPLQHook
 from gplq.plugins.preflight import PreflightError, preflight
 
 
@@ -85,4 +87,13 @@ def test_initial_weights_that_nobody_reads_may_be_missing(root: Path, type: str)
     cfg.model.backbone.init_cfg.checkpoint = 'none.pth'
     preflight(cfg, splits=('test',))
     cfg.default_hooks = dict(gplq=dict(type=type))
+    preflight(cfg)
+
+
+def test_classes_are_known_as_their_names_are(root: Path) -> None:
+    cfg = config(root)
+    cfg.model.backbone.init_cfg = dict(type=PretrainedInit, checkpoint='elsewhere.pth')
+    with pytest.raises(PreflightError, match=r'elsewhere\.pth \(model\.backbone\.init_cfg\.checkpoint\)'):
+        preflight(cfg)
+    cfg.default_hooks = dict(gplq=dict(type=GPLQHook))
     preflight(cfg)
