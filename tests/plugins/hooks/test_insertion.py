@@ -192,6 +192,14 @@ def test_activation_checkpointing_leaves_the_teacher_alone(train: Train, log_of:
     assert losses(log_of(checkpointed)) == losses(log_of(plain))
 
 
+def test_a_compiled_step_learns_alike(train: Train, log_of: Callable[[Runner], str]) -> None:
+    def change(config: Config) -> None:
+        config.compile = dict(backend='aot_eager')
+
+    plain, compiled = train('plain'), train('compiled', change=change)
+    assert losses(log_of(compiled)) == losses(log_of(plain))
+
+
 def test_targets_reach_beyond_the_backbone(train: Train) -> None:
     runner = train(targets=['backbone', 'head'])
     names = {plan.name for plan in record_of(runner.model).plan.maps}
