@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gplq.batches import Forward, batch_size, bounded
 from gplq.column_statistics import ColumnStatistics
-from gplq.distributed import maximum
+from gplq.distributed import maximum, rank
 from gplq.journal import Journal
 from gplq.layers import CompensatedBlock, LinearCompensation, WeightView
 from gplq.least_squares import AffineFit, LinearFit
@@ -30,8 +30,8 @@ __all__ = ['compensate']
 
 _log = logging.getLogger(__name__)
 
-# Every fourth batch decides, the others fit.
-_HELD_OUT = 4
+# One sample of four decides, the others fit: the second, so that two samples are enough.
+_GROUP, _JUDGE = 4, 1
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -88,7 +88,7 @@ def compensate(
 
 
 class _Source:
-    """Runs model and reference on the same batches and says which are held out."""
+    """Runs model and reference on the same batches and says which samples are held out."""
 
     def __init__(self, batches: Iterable[Any], samples: int, forward: Forward) -> None:
         self.batches = batches
@@ -98,16 +98,28 @@ class _Source:
     def pairs(
         self, model: nn.Module, watched: _Watched, reference: nn.Module, watched_there: _Watched
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
-        """``(input in model, output in model, output in reference, held out)`` of one module, a batch each."""
-        number = 0
+        """``(input in model, output in model, output in reference, held out)`` of one module.
+
+        Samples that fit and samples that are held out come one after the other; their first axis may be several of the
+        module's own, such as windows, for each sample.
+        """
+        first = rank()
         for batch in bounded(self.batches, self.samples):
-            for part in _split(batch):
-                ours = self._run(model, watched, part)
-                theirs = self._run(reference, watched_there, part)
-                # Some batches may not reach it, as a head for objects where none are.
-                if ours is not None and theirs is not None:
-                    yield *ours, theirs[1], number % _HELD_OUT == _HELD_OUT - 1
-                number += 1
+            count = batch_size(batch)
+            ours = self._run(model, watched, batch)
+            theirs = self._run(reference, watched_there, batch)
+            # Some batches may not reach it, as a head for objects where none are.
+            if ours is not None and theirs is not None:
+                rows = ours[1].shape[0]
+                # What is no multiple of the images, such as proposals, are samples of their own.
+                samples = count if rows % count == 0 else rows
+                judges = (torch.arange(samples, device=ours[1].device) + first) % _GROUP == _JUDGE
+                chosen = judges.repeat_interleave(rows // samples)
+                for held_out in (False, True):
+                    if bool((chosen == held_out).any()):
+                        x, y, target = (tensor[chosen == held_out] for tensor in (*ours, theirs[1]))
+                        yield x, y, target, held_out
+            first += count
 
     def _run(self, model: nn.Module, watched: _Watched, batch: Any) -> tuple[Tensor, Tensor] | None:
         # What a forward pass draws, such as a sample of proposals, is drawn alike in both models.
@@ -129,7 +141,7 @@ class _Fits(Generic[_Fit]):
     def __init__(self) -> None:
         self._fits: list[_Fit] = []
 
-    def unreached(self, device: torch.device) -> bool:
+    def _missing(self, device: torch.device) -> bool:
         """Whether a rank has seen nothing; the others cannot pool without it."""
         empty = torch.tensor(float(not self._fits), device=device)
         maximum(empty)
@@ -143,19 +155,18 @@ class _Fits(Generic[_Fit]):
     def __getitem__(self, held_out: bool) -> _Fit:
         return self._fits[held_out]
 
-    def pooled(self) -> tuple[_Fit, _Fit]:
-        """What to fit and what to judge by: the same where nothing was held out."""
+    def pooled(self, name: str, device: torch.device) -> tuple[_Fit, _Fit] | None:
+        """What to fit and what to judge by; None, said in the log, without samples for both."""
+        if self._missing(device):
+            _log.warning('%s: no batch reached it, it is not compensated', name)
+            return None
         for fit in self._fits:
             fit.pool()
         train, judge = self._fits
-        return train, judge if judge.count else train
-
-
-def _split(batch: Any) -> list[Any]:
-    """Halves of a tensor batch, so that a single batch still has a held-out part."""
-    if isinstance(batch, Tensor) and batch_size(batch) >= _HELD_OUT:
-        return list(batch.chunk(_HELD_OUT))
-    return [batch]
+        if not train.count or not judge.count:
+            _log.warning('%s: a single sample cannot be fitted and judged by, it is not compensated', name)
+            return None
+        return train, judge
 
 
 class _Watched:
@@ -251,11 +262,11 @@ def _fit_block(model: nn.Module, reference: nn.Module, name: str, source: _Sourc
         fits[held_out].add(x, target - y)
         seen = x.abs().reshape(-1, x.shape[-1]).amax(0)
         largest = seen if largest is None else torch.maximum(largest, seen)
-    if fits.unreached(next(model.parameters()).device) or largest is None:
-        _log.warning('%s: no batch reached it, it is not compensated', name)
+    found = fits.pooled(name, next(model.parameters()).device)
+    if found is None or largest is None:
         return None
+    train, judge = found
     maximum(largest)
-    train, judge = fits.pooled()
     best, chosen = 0.0, None
     for strength in _STRENGTHS:
         solution = train.solve(strength)
@@ -287,10 +298,10 @@ def _absorb_affine(
             y, target = y.movedim(1, -1), target.movedim(1, -1)
         fits.start(partial(AffineFit, y.shape[-1], y.device))
         fits[held_out].add(y, target)
-    if fits.unreached(view.matrix().device):
-        _log.warning('%s: no batch reached it, it is not compensated', view.name)
+    found = fits.pooled(view.name, view.matrix().device)
+    if found is None:
         return
-    train, judge = fits.pooled()
+    train, judge = found
     gain, shift = train.solve()
     bias = view.bias_vector()
     if bias is None:
@@ -326,11 +337,11 @@ def _refit(
         unrounded = y + (x.reshape(-1, x.shape[-1]) @ (original - rounded).t()).reshape(y.shape)
         fits[held_out].add(x, target - (unrounded - view.map.bias_correction))
         statistics.add(x)
-    if fits.unreached(view.matrix().device):
-        _log.warning('%s: no batch reached it, it is not compensated', view.name)
+    found = fits.pooled(view.name, view.matrix().device)
+    if found is None:
         return
+    train, judge = found
     statistics.pool()
-    train, judge = fits.pooled()
     best, matrix, shift = 0.0, original, torch.zeros_like(original[:, 0])
     for strength in _STRENGTHS:
         change, bias = train.solve(strength)

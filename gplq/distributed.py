@@ -18,6 +18,7 @@ __all__ = [
     'is_first',
     'maximum',
     'minimum',
+    'rank',
     'total',
     'world_size',
 ]
@@ -31,9 +32,14 @@ def world_size() -> int:
     return distributed.get_world_size() if _together() else 1
 
 
+def rank() -> int:
+    """Which of them this is."""
+    return distributed.get_rank() if _together() else 0
+
+
 def is_first() -> bool:
     """Whether this is the process that writes files."""
-    return not _together() or distributed.get_rank() == 0
+    return rank() == 0
 
 
 def from_first(value: _T) -> _T:
@@ -65,7 +71,7 @@ def gather_columns(matrix: Tensor) -> Tensor:
     if world_size() == 1:
         return matrix
     counts = torch.zeros(world_size(), dtype=torch.long, device=matrix.device)
-    counts[distributed.get_rank()] = matrix.shape[1]
+    counts[rank()] = matrix.shape[1]
     widths = total(counts).tolist()
     padded = matrix.new_zeros(matrix.shape[0], max(widths))
     padded[:, : matrix.shape[1]] = matrix

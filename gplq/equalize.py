@@ -163,7 +163,7 @@ def _rows(
 
 def _constant(quantizer: Quantizer, numbers: Tensor, end: int) -> Tensor | None:
     """Row numbers ``(heads, 1, channels)``, None if they differ between tokens or are no plain row numbers."""
-    numbers = quantizer._split_heads(numbers).double()
+    numbers = quantizer.split_heads(numbers).double()
     if numbers.dim() != 4:
         return None
     flat = numbers.permute(1, 3, 0, 2).reshape(numbers.shape[1], 1, numbers.shape[3], -1)
@@ -181,13 +181,13 @@ def _constant(quantizer: Quantizer, numbers: Tensor, end: int) -> Tensor | None:
 
 def _largest(quantizer: Quantizer, x: Tensor) -> Tensor:
     """max|x| as ``(heads, 1, channels)``."""
-    x = quantizer._split_heads(x).abs()
+    x = quantizer.split_heads(x).abs()
     return x.amax(dim=(0, 2))[:, None, :] if x.dim() == 4 else x.new_zeros(0)
 
 
 def _scaled(quantizer: Quantizer, seen: _Seen, factor: Tensor) -> tuple[Tensor, Tensor]:
-    query = (quantizer._split_heads(seen.query) * factor).reshape(seen.query.shape)
-    key = (quantizer._split_heads(seen.key) / factor).reshape(seen.key.shape)
+    query = (quantizer.split_heads(seen.query) * factor).reshape(seen.query.shape)
+    key = (quantizer.split_heads(seen.key) / factor).reshape(seen.key.shape)
     return query, key
 
 
@@ -198,7 +198,7 @@ def _error(quantizers: tuple[Quantizer, Quantizer], query: Tensor, key: Tensor) 
         observer = MSEObserver()
         observer.observe(quantizer.groups(x))
         scale, _ = observer.propose(quantizer.spec)
-        split, scale = quantizer._split_heads(x), scale.reshape(quantizer.shape)
+        split, scale = quantizer.split_heads(x), scale.reshape(quantizer.shape)
         spec = quantizer.spec
         rounded.append(dequantize(quantize(split, scale, spec.qmin, spec.qmax), scale).reshape(x.shape))
     wrong = rounded[0] @ rounded[1].transpose(-2, -1) - query @ key.transpose(-2, -1)

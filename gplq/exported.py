@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from gplq.errors import TargetError
+from gplq.independent_copy import independent_copy
 from gplq.integer import check_scales_leave_sum, integer_linear
 from gplq.layers import LinearCompensation, LinearMap, QuantizedConv2d, WeightView
 from gplq.plan import MapPlan
@@ -29,7 +29,7 @@ def exported_twin(model: nn.Module) -> nn.Module:
     Raises:
         TargetError: if scales do not leave an integer product, see :func:`gplq.integer.integer_linear`.
     """
-    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    twin = independent_copy(model).eval().requires_grad_(False)
     _stand_in(twin)
     return twin
 
@@ -89,7 +89,7 @@ class _Coded(nn.Module):
         self.watcher: Callable[[Tensor], None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        split = self.quantizer._split_heads(x)
+        split = self.quantizer.split_heads(x)
         steps = split if self.folded else split / _wide(self.scale, split)
         if self.offset is not None:
             steps = steps - self.offset

@@ -71,12 +71,12 @@ class Quantizer(SinglePrecision):
         if not self.enabled:
             return x
         spec = self.spec
-        y = fake_quantize(self._split_heads(x), self.scale, spec.qmin, spec.qmax, self.offset, self.scale_gradient)
+        y = fake_quantize(self.split_heads(x), self.scale, spec.qmin, spec.qmax, self.offset, self.scale_gradient)
         return self._dropped(x, y.view(x.shape) if self.merged_heads else y)
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of ``x`` as a float tensor of the same shape."""
-        y = quantize(self._split_heads(x), self.scale, self.spec.qmin, self.spec.qmax, self.offset)
+        y = quantize(self.split_heads(x), self.scale, self.spec.qmin, self.spec.qmax, self.offset)
         return y.reshape(x.shape)
 
     def parts(self, x: Tensor) -> tuple[Part, ...]:
@@ -109,7 +109,7 @@ class Quantizer(SinglePrecision):
 
     def groups(self, x: Tensor) -> Tensor:
         """``x`` as a matrix, one row a scale: ``(number of scales, elements that share it)``."""
-        x = self._split_heads(x)
+        x = self.split_heads(x)
         shape = (1,) * (x.dim() - len(self.shape)) + self.shape
         kept = [axis for axis, size in enumerate(shape) if size > 1]
         reduced = [axis for axis in range(x.dim()) if axis not in kept]
@@ -146,7 +146,7 @@ class Quantizer(SinglePrecision):
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
         self._scale_gradient = None
 
-    def _split_heads(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         """``(batch * heads, n, d)`` -> ``(batch, heads, n, d)`` where heads are merged into the batch."""
         return x.reshape(-1, self.merged_heads, *x.shape[1:]) if self.merged_heads else x
 

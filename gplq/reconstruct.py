@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from gplq.batches import Forward, bounded
 from gplq.errors import RecipeError, StageError
+from gplq.independent_copy import independent_copy
 from gplq.layers import WeightView
 from gplq.objectives import perturbed_kl
 from gplq.plan import MapPlan
@@ -101,7 +101,7 @@ def reconstruct_blocks(
         StageError: if a block has no gradient because it overwrites its tensors in place.
     """
     record = record_of(model)
-    reference = copy.deepcopy(model)
+    reference = independent_copy(model)
     by_block: dict[str, list[tuple[MapPlan, WeightView]]] = defaultdict(list)
     for plan, view in weight_views(model):
         block = record.plan.block_of(plan)

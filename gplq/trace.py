@@ -54,6 +54,10 @@ _JOINS = frozenset(
 )
 
 
+_ELEMENTWISE = frozenset(
+    {torch.mul, torch.multiply, Tensor.mul, Tensor.mul_, Tensor.multiply, Tensor.multiply_}
+    | {getattr(Tensor, f'__{name}__') for name in ('mul', 'rmul', 'imul')}
+)
 _MERGES = frozenset({Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape, torch.flatten})
 
 
@@ -62,7 +66,8 @@ class _Tag:
     """What is known of a tensor: the products, softmaxes and layers it comes from, and what made it.
 
     ``merged`` is the inner factor of an axis third from last into which two were merged, 0 without one; ``mixed``
-    says that activations were multiplied by others in a way that is no product, and no layer has run since.
+    says that activations were multiplied by others in a way that is no product, and no layer has run since; ``weights``
+    that it is a softmax's very output.
     """
 
     constant: bool = False
@@ -74,6 +79,7 @@ class _Tag:
     norm: str = ''
     merged: int = 0
     mixed: bool = False
+    weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,12 +139,13 @@ class SoftmaxCall:
 
 @dataclass(frozen=True)
 class OtherCall:
-    """A function that multiplies otherwise, such as activations by a parameter that belongs to no layer."""
+    """A function that multiplies otherwise: by a parameter that belongs to no layer, or by a softmax one by one."""
 
     stack: tuple[str, ...]
     function: str
     multiplications: int
-    by_parameter: bool
+    by_parameter: bool = False
+    by_softmax: bool = False
 
 
 @dataclass
@@ -331,7 +338,9 @@ class _Tracer(TorchFunctionMode):
             multiplied = output.numel() * math.prod(x.shape[-1] for x in given[:2])
         if multiplied and not is_layer:
             name = getattr(func, '__name__', str(func))
-            self.trace.others.append(OtherCall(tuple(self._running), name, multiplied, learned))
+            self.trace.others.append(OtherCall(tuple(self._running), name, multiplied, by_parameter=learned))
+        if func in _ELEMENTWISE and len(moving) > 1 and any(tag.weights for tag in tags):
+            self.trace.others.append(OtherCall(tuple(self._running), 'mul', output.numel(), by_softmax=True))
         tag = _Tag(
             constant=all(tag.constant for tag in tags),
             products=frozenset().union(*(tag.products for tag in tags)),
@@ -342,6 +351,7 @@ class _Tracer(TorchFunctionMode):
             norm=self._follow_norm(func, args, kwargs, tags, output),
             merged=max((tag.merged for tag in tags), default=0),
             mixed=mixed,
+            weights=func in _MOVES and bool(tags) and tags[0].weights,
         )
         for x in _tensors(output):
             if not isinstance(x, nn.Parameter):
@@ -375,7 +385,7 @@ class _Tracer(TorchFunctionMode):
             return
         index = len(self.trace.softmaxes)
         self.trace.softmaxes.append(SoftmaxCall(tuple(self._running), x.numel(), tag.products, tag.layers, tag.mixed))
-        self._mark(output, _Tag(softmaxes=frozenset({index}), merged=tag.merged))
+        self._mark(output, _Tag(softmaxes=frozenset({index}), merged=tag.merged, weights=True))
 
     def _record_product(self, left: Tensor, right: Tensor, output: Tensor, *, einsum: bool = False) -> None:
         tags = self._tag(left), self._tag(right)

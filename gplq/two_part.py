@@ -95,13 +95,13 @@ class TwoPartQuantizer(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None or not self.enabled:
             return super().forward(x)
-        split = self._split_heads(x)
+        split = self.split_heads(x)
         factor = self.scale_gradient
         scale = self.scale * factor + (self.scale * (1 - factor)).detach()
         steps = split.to(scale.dtype) / scale
         with torch.no_grad():
             rounded = steps_of_parts(self.parts(x))
-            rounded = self._split_heads(rounded)
+            rounded = self.split_heads(rounded)
         low, high = self.bounds()
         # Straight through where values can be represented; LSQ's gradient of the scale follows.
         inside = torch.maximum(torch.minimum(steps, high), low)
@@ -113,7 +113,7 @@ class TwoPartQuantizer(Quantizer):
         return steps_of_parts(self.parts(x)).reshape(x.shape)
 
     def parts(self, x: Tensor) -> tuple[Part, Part]:
-        split = self._split_heads(x.to(self.scale.dtype))
+        split = self.split_heads(x.to(self.scale.dtype))
         found = parts_of(split, TwoPartScale(self.scale.detach(), self.shift.round().clamp(0, MAX_SHIFT)), self.spec)
         first, second = (Part(part.codes.reshape(x.shape), self._over(part.factor, len(x))) for part in found)
         return first, second

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from gplq.column_statistics import ColumnStatistics, observe_columns
 from gplq.compensation import compensate
 from gplq.errors import StageError
 from gplq.fingerprint import fingerprint
+from gplq.independent_copy import independent_copy
 from gplq.journal import Journal
 from gplq.layernorm_folding import fold_into_layernorms
 from gplq.progress import Progress, no_progress
@@ -89,7 +89,7 @@ def quantize_weights(
         statistics: dict[str, ColumnStatistics] = {}
         if pending and batches is not None:
             if recipe.compensation != 'none':
-                reference = copy.deepcopy(model)
+                reference = independent_copy(model)
             if recipe.uses_statistics:
                 statistics = observe_columns(model, batches, forward, progress)
         learned: frozenset[str] = frozenset()

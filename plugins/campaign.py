@@ -12,8 +12,8 @@ from mmengine.utils import track_iter_progress
 
 from gplq.plugins.benchmark import TOOL, Run, rows_of
 from gplq.plugins.comparison import Comparison
-from gplq.plugins.preflight import type_name
 from gplq.plugins.results import ResultError, append_row, file_sha256, read_rows
+from gplq.plugins.type_name import type_name
 
 __all__ = ['carry_out', 'check_hook', 'metrics_of', 'model_of_config', 'read', 'task_of']
 

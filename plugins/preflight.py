@@ -1,27 +1,27 @@
-"""Find out before a run whether the files that its config names are there."""
+"""Find out before a run whether what its config names is there: files, and a GPU where one is needed."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 
 from gplq.errors import GPLQError
+from gplq.plugins.type_name import pretrained_source, type_name
 
-__all__ = ['PreflightError', 'preflight', 'type_name']
+__all__ = ['PreflightError', 'preflight']
 
 # Hooks that start from a whole model and skip its initialization.
 _STAGES = {'ActivationQATHook', 'GPLQHook', 'PTQ4ViTHook', 'VariationAwareQATHook', 'WeightPTQHook'}
-# By mmengine's registry, and the class.
-_FROM_FILE = {'Pretrained', 'PretrainedInit'}
 
 
 class PreflightError(GPLQError):
-    """A file that the run needs is missing; the message names it and what to do."""
+    """Something that the run needs is missing; the message names it and what to do."""
 
 
 def preflight(cfg: Config, splits: tuple[str, ...] = ('train', 'val')) -> None:
-    """Check data sets, annotation files, image folders and checkpoints of a config, in this order.
+    """Check data sets, annotation files, image folders, precision and checkpoints of a config, in this order.
 
     Remote addresses and data sets behind another storage backend are left alone.
 
@@ -37,6 +37,8 @@ def preflight(cfg: Config, splits: tuple[str, ...] = ('train', 'val')) -> None:
                 _check_data(Path(evaluator['ann_file']), 'annotation file', f'{split}_evaluator')
     if cfg.get('load_from') and _is_local(cfg.load_from) and not Path(cfg.load_from).is_file():
         raise PreflightError(f'checkpoint {cfg.load_from} (load_from) does not exist; give the path of one that does')
+    if 'train' in splits and not torch.cuda.is_available():
+        _check_precision(cfg.get('optim_wrapper') or {})
     # Read even where a checkpoint is loaded over them, but not by a test, and not where a stage begins.
     if 'train' not in splits or _has_stages(cfg):
         return
@@ -44,6 +46,14 @@ def preflight(cfg: Config, splits: tuple[str, ...] = ('train', 'val')) -> None:
         if _is_local(path) and not Path(path).is_file():
             remedy = f'give one with --cfg-options {place}=PATH'
             raise PreflightError(f'initial weights {path} ({place}) do not exist; {remedy}')
+
+
+def _check_precision(wrapper: dict) -> None:
+    if type_name(wrapper.get('type')) == 'AmpOptimWrapper':
+        raise PreflightError(
+            'optim_wrapper.type=AmpOptimWrapper needs a GPU, and there is none: train in bfloat16 by --amp, or in '
+            'float32 by --cfg-options optim_wrapper.type=OptimWrapper (and without loss_scale and dtype)'
+        )
 
 
 def _check_dataset(dataset: dict, place: str) -> None:
@@ -87,8 +97,8 @@ def _initial_checkpoints(node: Any, place: str) -> Iterator[tuple[str, str]]:
         return
     for key, value in node.items():
         here = f'{place}.{key}'
-        if key == 'init_cfg' and isinstance(value, dict) and type_name(value.get('type')) in _FROM_FILE:
-            yield str(value['checkpoint']), f'{here}.checkpoint'
+        if key == 'init_cfg' and (source := pretrained_source(value)) is not None:
+            yield source, f'{here}.checkpoint'
         else:
             yield from _initial_checkpoints(value, here)
 
@@ -97,11 +107,6 @@ def _has_stages(cfg: Config) -> bool:
     hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())]
     types = [hook.get('type') for hook in hooks if isinstance(hook, dict)]
     return any(type_name(of) in _STAGES for of in types)
-
-
-def type_name(of: Any) -> str:
-    """The class's name in a `type` of a config, which configs in Python give as the class itself."""
-    return str(getattr(of, '__name__', of)).rpartition('.')[2]
 
 
 def _is_local(path: str, owner: dict | None = None) -> bool:

@@ -6,7 +6,6 @@ Quantize both to see what outliers cost: a small model trained from scratch has 
 from __future__ import annotations
 
 import argparse
-import copy
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 from gplq import prepare
 from gplq.errors import CheckpointError, GPLQError
 from gplq.files import write_atomically
+from gplq.independent_copy import independent_copy
 from gplq.outliers import inject_outliers
 from gplq.plugins.checkpoint_file import quantization_of, read_checkpoint, tensors_of
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
 
 def norms_and_readers(model: nn.Module, settings: HookSettings) -> list[tuple[str, str]]:
     """LayerNorms of the part that is quantized which a single Linear reads."""
-    probe = copy.deepcopy(model).eval()
+    probe = independent_copy(model).eval()
     prepare(probe, settings.recipe, forward=blank_forward(probe, settings))
     return [
         (norm, reader)

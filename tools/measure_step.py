@@ -28,6 +28,7 @@ from torch import nn
 from gplq import calibrate, prepare
 from gplq.activation_stage import ActivationStage, parameter_groups
 from gplq.errors import GPLQError
+from gplq.independent_copy import independent_copy
 from gplq.mimicking import FeatureTap, Mimicking, fit_mimicking_loss
 from gplq.plugins.campaign import check_hook
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
@@ -88,7 +89,7 @@ def step_of(cfg: Config, method: str) -> Iterator[Callable[[Any], None]]:
 def fit_mimicking(model: nn.Module, settings: HookSettings, loader: Iterable[Any]) -> Mimicking:
     """The feature loss, its teacher a copy of the part as it is."""
     part = part_of(model, settings)
-    teacher = copy.deepcopy(part)
+    teacher = independent_copy(part)
     tap = FeatureTap(teacher, '', 'output')
     loss = fit_mimicking_loss(teacher, tap, loader, lambda t, b: t(preprocess(model, b)['inputs']))
     return Mimicking(part, teacher, loss, settings.stage.mimicking_weight)

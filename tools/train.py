@@ -34,6 +34,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def use_mixed_precision(cfg: Config) -> None:
+    # Those of another kind of mixed precision; neither scales or casts in the same way.
+    for option in ('dtype', 'loss_scale'):
+        cfg.optim_wrapper.pop(option, None)
     if torch.cuda.is_available():
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.loss_scale = 'dynamic'

@@ -187,7 +187,11 @@ class ProductPlanner:
         """Functions that multiply without being a layer or a product of two activations."""
         found: dict[tuple[str, str, str], int] = defaultdict(int)
         for call in self.trace.others:
-            reason = 'one operand is a parameter of no layer' if call.by_parameter else 'no product of two activations'
+            reason = 'no product of two activations'
+            if call.by_parameter:
+                reason = 'one operand is a parameter of no layer'
+            elif call.by_softmax:
+                reason = 'weights values by a softmax one by one, not as a matrix product'
             found[_innermost(call.stack), call.function, reason] += call.multiplications
         return [Floating(name, what, reason, count) for (name, what, reason), count in found.items()]
 

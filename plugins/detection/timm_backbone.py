@@ -17,6 +17,7 @@ from timm.layers.format import Format
 from gplq.plugins.detection.layer_norm import LN2d
 from gplq.plugins.pretrained import read_state_dict
 from gplq.plugins.timm_weights import check_model_name, fit_timm_state
+from gplq.plugins.type_name import pretrained_source
 
 __all__ = ['TimmBackbone']
 
@@ -66,10 +67,10 @@ class TimmBackbone(BaseModule):
         # timm has initialized or loaded the model when it made it.
         if self.init_cfg is None:
             return
-        if not isinstance(self.init_cfg, dict) or self.init_cfg['type'] != 'Pretrained':
+        source = pretrained_source(self.init_cfg)
+        if source is None:
             super().init_weights()
             return
-        source = self.init_cfg['checkpoint']
         state = fit_timm_state(self.model, read_state_dict(source), source)
         self.model.load_state_dict(state)
         print_log(f'TimmBackbone: {len(state)} tensors loaded from {source}', logger='current')

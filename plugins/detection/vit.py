@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from gplq.errors import RecipeError
 from gplq.plugins.positions import absolute_positions, relative_bias
 from gplq.plugins.pretrained import fit_backbone_state, read_state_dict
+from gplq.plugins.type_name import pretrained_source
 
 from .windows import join_windows, split_windows
 
@@ -84,8 +85,8 @@ class ViT(BaseModule):
             )
 
     def init_weights(self) -> None:
-        if self.init_cfg is not None and self.init_cfg['type'] == 'Pretrained':
-            path = self.init_cfg['checkpoint']
+        path = pretrained_source(self.init_cfg)
+        if path is not None:
             state = fit_backbone_state(self, read_state_dict(path), source=path)
             fresh = self.load_state_dict(state, strict=False).missing_keys
             print_log(f'ViT: {len(state)} tensors from {path}; fresh: {fresh or "none"}', logger='current')

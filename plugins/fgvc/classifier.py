@@ -20,6 +20,7 @@ import gplq
 from gplq.errors import CheckpointError, StageError
 from gplq.plugins.pretrained import read_state_dict
 from gplq.plugins.timm_weights import BACKBONE, check_model_name, fit_timm_state
+from gplq.plugins.type_name import pretrained_source
 from gplq.record import forget
 
 __all__ = ['TimmClassifier']
@@ -88,10 +89,10 @@ class TimmClassifier(BaseModel):
         if isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Quantized':
             self._take_quantized(self.init_cfg['checkpoint'])
             return
-        if not isinstance(self.init_cfg, dict) or self.init_cfg['type'] != 'Pretrained':
+        source = pretrained_source(self.init_cfg)
+        if source is None:
             super().init_weights()
             return
-        source = self.init_cfg['checkpoint']
         self._take(read_state_dict(source), source)
 
     def _take(self, state: Mapping[str, Tensor], source: str) -> None:

@@ -41,7 +41,7 @@ from gplq.plugins.hooks.model import (
 from gplq.plugins.hooks.progress import logged_progress
 from gplq.plugins.hooks.randomness import seeded
 from gplq.plugins.hooks.replay import Replay
-from gplq.plugins.hooks.report import Report, evaluate
+from gplq.plugins.hooks.report import Report, evaluate, numbers
 from gplq.plugins.hooks.resume import (
     ResumePointHook,
     check_same_run,
@@ -117,8 +117,11 @@ class ActivationQATHook(Hook):
         # Backbones freeze stages whenever they enter training mode: before the optimizer and the wrapper look.
         model.train()
         if self.settings.label_free:
-            model.requires_grad_(False)
-            part_of(model, self.settings).requires_grad_(True)
+            # What the part itself freezes stays frozen.
+            inside = {id(parameter) for parameter in part_of(model, self.settings).parameters()}
+            for parameter in model.parameters():
+                if id(parameter) not in inside:
+                    parameter.requires_grad_(False)
         kept = self.settings.keep_schedule and self.settings.trains
         changes = keep_schedule(runner, self.settings) if kept else take_over(runner, self.settings)
         if hasattr(model, 'init_weights'):
@@ -343,7 +346,7 @@ class ActivationQATHook(Hook):
         when, metrics = self._last_validation
         if when != runner.iter or not self.settings.trains:
             metrics = evaluate(runner)
-        self.report.add(runner, step, _numbers(metrics), self._clock.minutes, checkpoint=_save(runner, step))
+        self.report.add(runner, step, numbers(metrics), self._clock.minutes, checkpoint=_save(runner, step))
 
 
 def _save(runner: Runner, step: str) -> str:
@@ -357,10 +360,6 @@ def _save(runner: Runner, step: str) -> str:
         backend_args=dict(BACKEND_ARGS),
     )
     return str(Path(runner.work_dir) / name)
-
-
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
 
 
 def _initialized_by_checkpoint() -> None:

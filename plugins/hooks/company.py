@@ -21,6 +21,11 @@ def refuse_beside(runner: Runner, hook: Hook, *kinds: type[Hook]) -> None:
     Raises:
         StageError: naming both hooks.
     """
+    if any(type(other).__name__ == 'MeanTeacherHook' for other in runner.hooks):
+        raise StageError(
+            'MeanTeacherHook pairs the parameters of student and teacher one by one, of which quantizers would be in '
+            'the student alone: quantize the student as a detector of its own, without that hook'
+        )
     others = [type(other).__name__ for other in runner.hooks if isinstance(other, kinds) and other is not hook]
     if others:
         raise StageError(

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Subset
 from gplq.errors import CalibrationError
 from gplq.plugins.hooks.replay_data import Draw, ReplayDataset
 from gplq.plugins.hooks.settings import HookSettings
+from gplq.plugins.type_name import type_name
 
 __all__ = ['calibration_loader']
 
@@ -31,12 +32,12 @@ def calibration_loader(runner: Runner, settings: HookSettings, samples: int) -> 
     Raises:
         CalibrationError: if the config has no training data, or it is empty.
     """
-    config = runner.cfg.get('train_dataloader')
-    if config is None:
-        raise CalibrationError('the config has no train_dataloader to take calibration images from')
-    evaluation = runner.cfg.get('val_dataloader') or runner.cfg.get('test_dataloader')
-    pipeline = None if evaluation is None else _first_pipeline(evaluation['dataset'])
-    dataset = DATASETS.build(_plain(copy.deepcopy(config['dataset']), pipeline))
+    # What the Runner was given, also where it was made without a config.
+    given = runner._train_dataloader
+    if given is None:
+        raise CalibrationError('there is no train_dataloader to take calibration images from')
+    config = given if isinstance(given, dict) else {'batch_size': given.batch_size, 'collate_fn': given.collate_fn}
+    dataset = _dataset(given, runner._val_dataloader or runner._test_dataloader)
     if hasattr(dataset, 'full_init'):
         dataset.full_init()
     if len(dataset) == 0:
@@ -56,9 +57,20 @@ def calibration_loader(runner: Runner, settings: HookSettings, samples: int) -> 
     )
 
 
+def _dataset(training: Any, evaluation: Any) -> Any:
+    """The training images; a loader that was built already brings its own pipeline."""
+    if not isinstance(training, dict):
+        return training.dataset
+    config = copy.deepcopy(training['dataset'])
+    if not isinstance(config, dict):
+        return config
+    pipeline = _first_pipeline(evaluation['dataset']) if isinstance(evaluation, dict) else None
+    return DATASETS.build(_plain(config, pipeline))
+
+
 def _annotated(pipeline: list[Any]) -> list[Any]:
     """Annotations read before the image is resized, so that they follow it; evaluation compares in the original."""
-    reads = [step for step in pipeline if str(step['type']).endswith('LoadAnnotations')]
+    reads = [step for step in pipeline if type_name(step['type']).endswith('LoadAnnotations')]
     rest = [step for step in pipeline if step not in reads]
     return [*rest[:1], *reads, *rest[1:]]
 
@@ -86,6 +98,8 @@ def _plain(config: ConfigDict, pipeline: list[Any] | None) -> ConfigDict:
 
 def _first_pipeline(config: ConfigDict) -> list[Any] | None:
     """The pipeline of a data set, or of the first of those inside it."""
+    if not isinstance(config, dict):
+        return None
     while 'dataset' in config or 'datasets' in config:
         config = config['dataset'] if 'dataset' in config else config['datasets'][0]
     pipeline: list[Any] | None = config.get('pipeline')

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
 from gplq.plugins.hooks.company import refuse_beside
+from gplq.plugins.hooks.composed import ComposedHook
 from gplq.plugins.hooks.weight_ptq_hook import WeightPTQHook
 
 __all__ = ['GPLQHook']
 
 
 @HOOKS.register_module()
-class GPLQHook(Hook):
+class GPLQHook(ComposedHook):
     """Takes the FP32 model in `load_from` to low bits: activations first, weights later.
 
     Example:
@@ -32,34 +32,8 @@ class GPLQHook(Hook):
     def __init__(self, **config: Any) -> None:
         self.activation_stage = ActivationQATHook(**config)
         self.weight_stage = WeightPTQHook(activations=self.activation_stage)
+        self.parts = (self.activation_stage, self.weight_stage)
 
     def before_run(self, runner: Runner) -> None:
         refuse_beside(runner, self, GPLQHook, ActivationQATHook, WeightPTQHook)
         self.activation_stage.before_run(runner)
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        self.activation_stage.after_load_checkpoint(runner, checkpoint)
-
-    def before_train(self, runner: Runner) -> None:
-        self.activation_stage.before_train(runner)
-
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        self.activation_stage.before_train_iter(runner, batch_idx, data_batch)
-
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
-    ) -> None:
-        self.activation_stage.after_train_iter(runner, batch_idx, data_batch, outputs)
-
-    def before_val_epoch(self, runner: Runner) -> None:
-        self.activation_stage.before_val_epoch(runner)
-
-    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        self.activation_stage.after_val_epoch(runner, metrics)
-
-    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        self.activation_stage.before_save_checkpoint(runner, checkpoint)
-
-    def after_train(self, runner: Runner) -> None:
-        self.activation_stage.after_train(runner)
-        self.weight_stage.after_train(runner)

@@ -58,11 +58,14 @@ def part_of(model: nn.Module, settings: HookSettings) -> nn.Module:
     Raises:
         TargetError: if the model has no such part.
     """
-    part = getattr(model, settings.part, None)
-    if not isinstance(part, nn.Module):
+    try:
+        return model.get_submodule(settings.part)
+    except AttributeError:
         children = [name for name, _ in model.named_children()]
-        raise TargetError(f'part={settings.part!r}: {type(model).__name__} has {children}; name one of these')
-    return part
+        raise TargetError(
+            f'part={settings.part!r}: {type(model).__name__} has {children}; name one of these, or a part of one by '
+            'its dotted name'
+        ) from None
 
 
 def check_compensation(model: nn.Module, settings: HookSettings) -> None:
@@ -78,12 +81,22 @@ def check_compensation(model: nn.Module, settings: HookSettings) -> None:
     # Classifiers have one `head`, which sees every image.
     if kind == 'none' or hasattr(model, 'head'):
         return
-    ahead = (settings.part, 'neck')
-    if not all(pattern.split('.')[0] in ahead for pattern in settings.recipe.targets):
+    ahead = (settings.part, _sibling(settings.part, 'neck'))
+    if not all(_lies_in(pattern, ahead) for pattern in settings.recipe.targets):
         raise TargetError(
             f'compensation={kind!r} compares outputs before and after rounding, which the heads of '
             f"{type(model).__name__} compute for other objects: name targets in {' or '.join(ahead)}, or set 'none'"
         )
+
+
+def _sibling(part: str, name: str) -> str:
+    """The dotted name beside a part's."""
+    parent = part.rpartition('.')[0]
+    return f'{parent}.{name}' if parent else name
+
+
+def _lies_in(pattern: str, parts: Sequence[str]) -> bool:
+    return any(pattern == part or pattern.startswith(f'{part}.') for part in parts)
 
 
 class PartForward:
@@ -93,7 +106,7 @@ class PartForward:
         self.part = part
 
     def __call__(self, model: nn.Module, batch: Any) -> Any:
-        return getattr(model, self.part)(preprocess(model, batch)['inputs'])
+        return model.get_submodule(self.part)(preprocess(model, batch)['inputs'])
 
 
 def whole_forward(model: nn.Module, batch: Any) -> Any:

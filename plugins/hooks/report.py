@@ -6,26 +6,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
 from gplq.files import write_bytes_atomically
-from gplq.plugins.hooks.model import model_of
+from gplq.plugins.hooks.model import model_of, part_of
 from gplq.plugins.hooks.settings import HookSettings
 from gplq.plugins.results import peak_memory_mb
-from gplq.record import is_prepared, record_of
+from gplq.record import Stage, is_prepared, record_of
 from gplq.size import effective_bits, float_bytes, packed_model_bytes
 
-__all__ = ['Report', 'evaluate', 'minutes_up_to']
+__all__ = ['Report', 'evaluate', 'minutes_up_to', 'numbers']
 
 FILE = 'gplq.json'
 
 
 def evaluate(runner: Runner) -> dict[str, float]:
-    """Metrics of the model as it is, through the validation loop's data and evaluator but none of its hooks.
+    """Metrics of the model as it is, by the config's validation loop but none of its hooks.
 
     Hooks would take the figures of an intermediate step for those of the training: the best checkpoint, early
     stopping. Empty where the config validates nothing.
@@ -33,13 +33,27 @@ def evaluate(runner: Runner) -> dict[str, float]:
     loop = runner.val_loop
     if loop is None:
         return {}
-    runner.model.eval()
-    with torch.no_grad():
-        for batch in loop.dataloader:
-            outputs = runner.model.val_step(batch)
-            loop.evaluator.process(data_samples=outputs, data_batch=batch)
-    metrics: dict[str, float] = loop.evaluator.evaluate(len(loop.dataloader.dataset))
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
+    # Not every loop gives back what it found, every one tells its hooks.
+    listener = _Listener()
+    hooks, runner._hooks = runner.hooks, [listener]
+    try:
+        loop.run()
+    finally:
+        runner._hooks = hooks
+    return numbers(listener.metrics)
+
+
+def numbers(metrics: dict[str, Any] | None) -> dict[str, float]:
+    """What of an evaluator's results is a number."""
+    return {name: float(value) for name, value in (metrics or {}).items() if isinstance(value, (int, float))}
+
+
+class _Listener(Hook):
+    def __init__(self) -> None:
+        self.metrics: dict[str, Any] | None = None
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, Any] | None = None) -> None:
+        self.metrics = metrics
 
 
 class Report:
@@ -68,7 +82,7 @@ class Report:
         run's.
         """
         model = model_of(runner)
-        size = _sizes(model, self.settings, quantized=step.startswith('W') and 'A' in step)
+        size = _sizes(model, self.settings)
         shown = '  '.join(f'{name.rpartition("/")[2]} {value:.4f}' for name, value in metrics.items() if value >= 0)
         runner.logger.info(
             f'GPLQ {step}: {shown or "not validated"}  {size["backbone_bytes"] / 2**20:.2f} MiB backbone  '
@@ -94,11 +108,9 @@ def minutes_up_to(steps: list[dict[str, Any]], name: str) -> float:
     return float(sum(step['minutes'] for step in steps[: names.index(name) + 1]))
 
 
-def _sizes(model: nn.Module, settings: HookSettings, *, quantized: bool) -> dict[str, Any]:
-    part = getattr(model, settings.part)
-    if not (quantized and is_prepared(model) and record_of(model).plan.maps):
-        return {'backbone_bytes': float_bytes(part), 'model_bytes': float_bytes(model), 'effective_bits': 32.0}
-    if settings.recipe.weight_bits == 32 or record_of(model).stage.value != 'quantized':
+def _sizes(model: nn.Module, settings: HookSettings) -> dict[str, Any]:
+    part = part_of(model, settings)
+    if not is_prepared(model) or record_of(model).stage is not Stage.QUANTIZED:
         return {'backbone_bytes': float_bytes(part), 'model_bytes': float_bytes(model), 'effective_bits': 32.0}
     return {
         'backbone_bytes': packed_model_bytes(model, part),

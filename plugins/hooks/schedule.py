@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_world_size
+from mmengine.hooks import EMAHook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
@@ -36,6 +37,7 @@ def take_over(runner: Runner, settings: HookSettings) -> list[Change]:
         before = ', '.join(type(s).__name__ for s in _listed(runner.param_schedulers))
         runner.param_schedulers = []
         changes.append(('param_scheduler', before, 'constant'))
+    changes += _average_from_the_start(runner)
     highest = _silence_drop_path(model_of(runner))
     if highest:
         changes.append(('drop_path', f'up to {highest:g}', '0'))
@@ -55,6 +57,11 @@ def keep_schedule(runner: Runner, settings: HookSettings) -> list[Change]:
         for group in optimizer.param_groups:
             for key in [key for key in group if key.startswith('initial_')]:
                 group[key.removeprefix('initial_')] = group.pop(key)
+        if 'param_scheduler' not in runner.cfg:
+            raise RecipeError(
+                'keep_schedule=True builds the schedulers anew from the config, which a Runner without Runner.from_cfg '
+                'does not have: make it by Runner.from_cfg, or leave keep_schedule out'
+            )
         runner.param_schedulers = runner.build_param_scheduler(runner.cfg.param_scheduler)
     return [('param_groups', 'config', f'+ 1 group of {len(scales)} scales and offsets')] if scales else []
 
@@ -102,6 +109,18 @@ def _set_length(runner: Runner, settings: HookSettings) -> list[Change]:
     return [*changes, ('validation', validation, 'at the end')] if runner.val_loop is not None else changes
 
 
+def _average_from_the_start(runner: Runner) -> list[Change]:
+    """Let hooks that average begin with the stage: the config's later begin is one of a longer training."""
+    changes = []
+    for hook in runner.hooks:
+        if isinstance(hook, EMAHook) and (hook.begin_epoch or hook.begin_iter):
+            begin = 'begin_epoch' if hook.begin_epoch else 'begin_iter'
+            changes.append((f'{type(hook).__name__}.{begin}', str(getattr(hook, begin)), '0'))
+            hook.begin_epoch = hook.begin_iter = 0
+            hook.enabled_by_epoch = False
+    return changes
+
+
 def _set_optimizer(runner: Runner, settings: HookSettings) -> list[Change]:
     wrapper = _wrapper(runner)
     old = wrapper.optimizer
@@ -123,6 +142,11 @@ def _set_optimizer(runner: Runner, settings: HookSettings) -> list[Change]:
         wrapper.base_param_settings.update(wrapper.optimizer.defaults)
     if len(groups) > 1:
         changes.append(('lr of scales', '', f'{scale_lr:g}'))
+    # A backbone that freezes its first stages freezes what was inserted into them.
+    scales = scale_parameters(model_of(runner))
+    frozen = sum(not scale.requires_grad for scale in scales)
+    if frozen:
+        changes.append(('scales that learn', '', f'{len(scales) - frozen} of {len(scales)}, the others are frozen'))
     return [change for change in changes if change[1] != change[2]]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 from gplq.batches import bounded
 from gplq.errors import CheckpointError
 from gplq.files import write_atomically
+from gplq.independent_copy import independent_copy
 from gplq.mimicking import FeatureTap, Mimicking, MimickingLoss, fit_mimicking_loss
 from gplq.pca import PCABasis
 from gplq.plugins.checkpoint_file import read_checkpoint
@@ -31,7 +31,7 @@ def make_mimicking(runner: Runner, settings: HookSettings, loader: Iterable[Any]
     """Copy the part as it is now, fit the PCA of its outputs and keep both in the working directory."""
     model = model_of(runner)
     part = part_of(model, settings)
-    teacher = _twin(part)
+    teacher = independent_copy(part)
     stage = settings.stage
     loss = fit_mimicking_loss(
         teacher,
@@ -79,7 +79,7 @@ def resume_mimicking(runner: Runner, settings: HookSettings, sha256: str | None)
         )
     kept = read_checkpoint(str(path))
     part = part_of(model_of(runner), settings)
-    teacher = _twin(part)
+    teacher = independent_copy(part)
     for module in teacher.modules():
         if hasattr(module, 'enabled'):
             module.enabled = False  # type: ignore[assignment]
@@ -87,14 +87,6 @@ def resume_mimicking(runner: Runner, settings: HookSettings, sha256: str | None)
     device = next(part.parameters()).device
     loss = MimickingLoss([PCABasis(**basis) for basis in kept['bases']], settings.stage.reduction).to(device)
     return Mimicking(part, teacher, loss, settings.stage.mimicking_weight)
-
-
-def _twin(part: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(part)
-    for module in twin.modules():
-        # mmengine's activation checkpointing replaces this method by a closure, which a copy shares.
-        module.__dict__.pop('forward', None)
-    return twin
 
 
 class LabelFreeLoss:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
@@ -16,6 +15,7 @@ from gplq.errors import RecipeError
 from gplq.plugins.atomic_backend import BACKEND_ARGS
 from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
 from gplq.plugins.hooks.company import refuse_beside
+from gplq.plugins.hooks.composed import ComposedHook
 from gplq.plugins.hooks.model import model_of, synchronize, task_loss, whole_forward
 from gplq.plugins.hooks.progress import logged_progress
 from gplq.plugins.hooks.randomness import seeded
@@ -31,7 +31,7 @@ JOURNAL = 'gplq_weight_stage'
 
 
 @HOOKS.register_module()
-class WeightPTQHook(Hook):
+class WeightPTQHook(ComposedHook):
     """Rounds the weights once training is over, validates, saves a checkpoint and the packed artifact.
 
     On its own it takes a checkpoint of the activation stage, or, said in the log, quantizes an FP32 model without
@@ -43,16 +43,16 @@ class WeightPTQHook(Hook):
 
     def __init__(self, *, activations: ActivationQATHook | None = None, **config: Any) -> None:
         self._activations = activations or ActivationQATHook(**{'iterations': 0, **config})
-        self._alone = activations is None
+        # On its own it does what calibrates as well.
+        self.parts = (self._activations,) if activations is None else ()
         self._given = set(config)
 
     def before_run(self, runner: Runner) -> None:
         refuse_beside(runner, self, WeightPTQHook)
         others = [hook for hook in runner.hooks if isinstance(hook, ActivationQATHook)]
-        if self._alone and others:
+        if self.parts and others:
             self._join(others[0])
-        if self._alone:
-            self._activations.before_run(runner)
+        super().before_run(runner)
 
     def _join(self, activations: ActivationQATHook) -> None:
         """Take over from a hook of the config that does the activation stage."""
@@ -69,41 +69,10 @@ class WeightPTQHook(Hook):
                     f'{name} is {getattr(ours, name)!r} for WeightPTQHook and {getattr(theirs, name)!r} for '
                     f'ActivationQATHook: {remedy}'
                 )
-        self._activations, self._alone = activations, False
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        if self._alone:
-            self._activations.after_load_checkpoint(runner, checkpoint)
-
-    def before_train(self, runner: Runner) -> None:
-        if self._alone:
-            self._activations.before_train(runner)
-
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        if self._alone:
-            self._activations.before_train_iter(runner, batch_idx, data_batch)
-
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
-    ) -> None:
-        if self._alone:
-            self._activations.after_train_iter(runner, batch_idx, data_batch, outputs)
-
-    def before_val_epoch(self, runner: Runner) -> None:
-        if self._alone:
-            self._activations.before_val_epoch(runner)
-
-    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        if self._alone:
-            self._activations.after_val_epoch(runner, metrics)
-
-    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        if self._alone:
-            self._activations.before_save_checkpoint(runner, checkpoint)
+        self._activations, self.parts = activations, ()
 
     def after_train(self, runner: Runner) -> None:
-        if self._alone:
-            self._activations.after_train(runner)
+        super().after_train(runner)
         recipe = self._activations.settings.recipe
         if recipe.weight_bits == 32:
             return

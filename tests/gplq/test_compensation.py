@@ -78,3 +78,33 @@ def test_batches_that_do_not_reach_a_layer_are_passed_over(kind: str) -> None:
     found = quantized(kind, [torch.zeros(4, 8), x, torch.zeros(4, 8)])
     alone = quantized(kind, [torch.zeros(4, 8), x])
     assert error(found, alone, x) == 0
+
+
+@pytest.mark.parametrize('kind', ['qwt', 'ridge', 'affine'])
+def test_a_batch_with_labels_is_held_out_from_as_one_without(kind: str, toy_vit: Make, images: Tensor) -> None:
+    states = []
+    for batch in (images, (images, torch.zeros(len(images))), {'x': images}):
+        model = toy_vit()
+        gplq.prepare(model, gplq.Recipe.gplq(3, 4, rounding='nearest', compensation=kind), images[:2])
+        gplq.calibrate(model, [batch])
+        gplq.quantize_weights(model, [batch])
+        states.append(model.state_dict())
+    for other in states[1:]:
+        assert other.keys() == states[0].keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in states[0].items())
+
+
+@pytest.mark.parametrize('kind', ['qwt', 'ridge', 'affine'])
+def test_nothing_is_fitted_to_the_sample_that_would_judge_it(
+    kind: str, toy_vit: Make, images: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    states = []
+    for compensation in ('none', kind):
+        model = toy_vit()
+        gplq.prepare(model, gplq.Recipe.gplq(3, 4, rounding='nearest', compensation=compensation), images[:2])
+        gplq.calibrate(model, [images[:1]])
+        gplq.quantize_weights(model, [images[:1]])
+        states.append(model.state_dict())
+    assert 'a single sample cannot be fitted and judged by' in caplog.text
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())

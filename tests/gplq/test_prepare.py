@@ -481,3 +481,23 @@ def test_whatever_multiplies_is_listed_and_counted() -> None:
     assert 'the model (addmm)' in text
     share = 2 * 3 * 8 * 8 / sum(count for count, _ in [*rows.values(), (2 * 3 * 8 * 8, '')])
     assert f'both operands quantized: {share:.1%} of those in the example, which 1 layers took no part in' in text
+
+
+class Aggregating(nn.Module):
+    """Values weighted by a softmax one by one, as MobileViTv2 and deformable attention do it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 17)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).split([1, 8, 8], dim=-1)
+        context = (key * query.softmax(1)).sum(1, keepdim=True)
+        return value * context
+
+
+def test_values_weighted_one_by_one_are_listed() -> None:
+    plan = gplq.prepare(Aggregating(), gplq.Recipe.gplq(4, 4), torch.randn(2, 3, 8))
+    (row,) = [row for row in plan.floating if row.what == 'mul']
+    assert (row.name, row.multiplications) == ('', 2 * 3 * 8)
+    assert row.reason == 'weights values by a softmax one by one, not as a matrix product'

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 from mmengine.model import PretrainedInit
+from mmengine.optim import AmpOptimWrapper
 
 from gplq.plugins.hooks import GPLQHook
 from gplq.plugins.preflight import PreflightError, preflight
@@ -97,3 +98,17 @@ def test_classes_are_known_as_their_names_are(root: Path) -> None:
         preflight(cfg)
     cfg.default_hooks = dict(gplq=dict(type=GPLQHook))
     preflight(cfg)
+
+
+@pytest.mark.parametrize('kind', ['AmpOptimWrapper', AmpOptimWrapper])
+def test_mixed_precision_of_gpus_is_told_before_the_run(
+    root: Path, kind: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(root)
+    cfg.optim_wrapper = dict(type=kind)
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    preflight(cfg)
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    preflight(cfg, splits=('test',))
+    with pytest.raises(PreflightError, match='AmpOptimWrapper needs a GPU.*--amp'):
+        preflight(cfg)

@@ -43,7 +43,9 @@ def test_train_resume_and_test(tiny_detector_config: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'run/epoch_1.pth').is_file()
 
-    done = run(TRAIN, tiny_detector_config, '--work-dir', 'run', '--resume', '--amp', cwd=tmp_path)
+    # --amp decides, also over what a config says of another kind of mixed precision.
+    mixed = ('--cfg-options', 'optim_wrapper.type=AmpOptimWrapper', 'optim_wrapper.loss_scale=dynamic')
+    done = run(TRAIN, tiny_detector_config, '--work-dir', 'run', '--resume', '--amp', *mixed, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert 'resumed epoch: 1, iter: 2' in done.stdout + done.stderr
     assert (tmp_path / 'run/epoch_2.pth').is_file()

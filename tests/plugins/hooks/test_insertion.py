@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
 
-from gplq.errors import StageError
+from gplq.errors import StageError, TargetError
 from gplq.plugins.hooks import ActivationQATHook, GPLQHook, WeightPTQHook
 from gplq.record import named_quantizers, record_of
 
@@ -262,3 +262,64 @@ def test_unknown_settings_are_refused(make_config: Callable[..., Config]) -> Non
     for arguments, message in cases:
         with pytest.raises(RecipeError, match=message):
             Runner.from_cfg(make_config(**arguments))
+
+
+def test_activation_checkpointing_changes_no_compensation(train: Train) -> None:
+    def change(config: Config) -> None:
+        config.activation_checkpointing = ['backbone.blocks.0', 'backbone.blocks.1']
+
+    plain, checkpointed, none = (
+        train(name, change=edit, recipe=dict(compensation=kind))
+        for name, edit, kind in (('plain', None, 'affine'), ('checkpointed', change, 'affine'), ('none', None, 'none'))
+    )
+    state = plain.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in checkpointed.model.state_dict().items())
+    assert any(not torch.equal(tensor, state[name]) for name, tensor in none.model.state_dict().items())
+
+
+@pytest.mark.parametrize('label_free', [False, True])
+def test_what_the_model_froze_stays_as_it_is(
+    make_config: Callable[..., Config], checkpoint: Path, label_free: bool
+) -> None:
+    runner = Runner.from_cfg(make_config(label_free=label_free, stage=dict(lr=1e-2)))
+    runner.model.backbone.patch_embed.requires_grad_(False)
+    runner.train()
+    original = torch.load(checkpoint, weights_only=True)['state_dict']
+    trained = torch.load(Path(runner.work_dir) / 'gplq_w32a4.pth', weights_only=True)['state_dict']
+    same = {name for name in original if torch.equal(original[name], trained[name])}
+    assert 'backbone.patch_embed.weight' in same
+    assert 'backbone.blocks.1.fc1.weight' not in same
+
+
+def test_the_part_may_lie_deeper(make_config: Callable[..., Config], toy: ModuleType, tmp_path: Path) -> None:
+    class Wrapper(toy.BaseModel):
+        def __init__(self) -> None:
+            super().__init__(data_preprocessor=toy.ImgDataPreprocessor())
+            self.student = toy.ToyClassifier()
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.student(*args, **kwargs)
+
+    model = Wrapper()
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'wrapper.pth')
+    config = make_config(part='student.backbone', recipe=dict(compensation='ridge'))
+    config.model, config.load_from = model, str(tmp_path / 'wrapper.pth')
+    runner = Runner.from_cfg(config)
+    runner.train()
+    assert {plan.name.split('.')[1] for plan in record_of(runner.model).plan.maps} == {'backbone'}
+    with pytest.raises(TargetError, match=r"part='student\.neck2': Wrapper has \['data_preprocessor', 'student'\]"):
+        Runner.from_cfg({**config, 'experiment_name': 'deep', 'default_hooks': two_lines('student.neck2')}).train()
+
+
+def two_lines(part: str) -> dict[str, Any]:
+    return dict(gplq=dict(type='gplq.plugins.GPLQHook', part=part))
+
+
+def test_a_hook_that_pairs_parameters_is_refused(make_config: Callable[..., Config]) -> None:
+    class MeanTeacherHook(Hook):
+        pass
+
+    runner = Runner.from_cfg(make_config())
+    runner.register_hook(MeanTeacherHook())
+    with pytest.raises(StageError, match='MeanTeacherHook pairs the parameters'):
+        runner.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -210,3 +211,35 @@ def test_several_optimizers_are_refused() -> None:
 
     with pytest.raises(RecipeError, match='several optimizers'):
         _wrapper(Stub())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize('begin', [dict(begin_epoch=5), dict(begin_iter=100)])
+def test_averaging_begins_with_the_stage(
+    make_config: Callable[..., Config], log_of: Callable[[Runner], str], begin: dict[str, int]
+) -> None:
+    config = make_config()
+    config.custom_hooks = [dict(type='EMAHook', **begin)]
+    runner = Runner.from_cfg(config)
+    runner.train()
+    ((name, value),) = begin.items()
+    assert re.search(rf'EMAHook\.{name} +{value} +0', log_of(runner))
+
+
+def test_scales_in_frozen_stages_are_told(
+    make_config: Callable[..., Config],
+    log_of: Callable[[Runner], str],
+    monkeypatch: pytest.MonkeyPatch,
+    toy: ModuleType,
+) -> None:
+    def train(self: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
+        torch.nn.Module.train(self, mode)
+        # As mmdet's backbones do it.
+        self.blocks[0].requires_grad_(False)
+        return self
+
+    monkeypatch.setattr(toy.ToyBackbone, 'train', train)
+    runner = Runner.from_cfg(make_config())
+    runner.train()
+    every = [name for name, q in named_quantizers(runner.model) for _ in q.parameters()]
+    frozen = [name for name in every if name.startswith('backbone.blocks.0.')]
+    assert f'{len(every) - len(frozen)} of {len(every)}, the others are frozen' in log_of(runner)

@@ -16,7 +16,8 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.runner import Runner
+from mmengine.registry import LOOPS
+from mmengine.runner import Runner, ValLoop
 
 import gplq
 from gplq.errors import CheckpointError
@@ -312,3 +313,21 @@ def test_weights_can_be_trained_from_the_activation_stage_on(
     assert steps_of(again)[-1]['metrics'] == pytest.approx(steps_of(runner)[-1]['metrics'])
     with pytest.raises(CheckpointError, match='does not hold the FP32 teacher of mimicking=1: set mimicking=0'):
         train('teacher', iterations=3, **settings)
+
+
+@LOOPS.register_module()
+class PrefixedValLoop(ValLoop):
+    """Tells its hooks what it found under names of its own and gives nothing back, as mmdet's loop of two models."""
+
+    def run(self) -> None:
+        given, self.runner._hooks = self.runner._hooks, []
+        found = super().run()
+        self.runner._hooks = given
+        self.runner.call_hook('after_val_epoch', metrics={f'student/{name}': value for name, value in found.items()})
+
+
+def test_every_step_is_measured_by_the_validation_loop_of_the_config(train: Train, steps_of: Steps) -> None:
+    plain = train('plain')
+    prefixed = train('prefixed', change=lambda config: config.val_cfg.update(type='PrefixedValLoop'))
+    for one, other in zip(steps_of(plain), steps_of(prefixed), strict=True):
+        assert other['metrics'] == {f'student/{name}': value for name, value in one['metrics'].items()}
