@@ -19,6 +19,7 @@ __all__ = [
     'PartForward',
     'blank_forward',
     'check_compensation',
+    'is_classifier',
     'model_of',
     'part_of',
     'preprocess',
@@ -68,6 +69,11 @@ def part_of(model: nn.Module, settings: HookSettings) -> nn.Module:
         ) from None
 
 
+def is_classifier(model: nn.Module) -> bool:
+    """Whether one `head` sees every image and gives logits; heads of detectors are called otherwise."""
+    return hasattr(model, 'head')
+
+
 def check_compensation(model: nn.Module, settings: HookSettings) -> None:
     """Refuse a compensation of layers behind a choice that the model makes.
 
@@ -78,8 +84,7 @@ def check_compensation(model: nn.Module, settings: HookSettings) -> None:
         TargetError: naming the compensation.
     """
     kind = settings.recipe.compensation
-    # Classifiers have one `head`, which sees every image.
-    if kind == 'none' or hasattr(model, 'head'):
+    if kind == 'none' or is_classifier(model):
         return
     ahead = (settings.part, _sibling(settings.part, 'neck'))
     if not all(_lies_in(pattern, ahead) for pattern in settings.recipe.targets):
@@ -113,10 +118,10 @@ def whole_forward(model: nn.Module, batch: Any) -> Any:
     """Runs the whole model on a batch, every head included.
 
     A second stage sees objects only where the first has found some, except in training, which adds the ground truth
-    to its proposals. Detectors of one stage predict: some compute their loss only in training mode. Classifiers,
-    which have one `head`, give their logits, by which the last layer is known.
+    to its proposals. Detectors of one stage predict: some compute their loss only in training mode. Classifiers give
+    their logits, by which the last layer is known.
     """
-    mode = 'loss' if hasattr(model, 'roi_head') else 'tensor' if hasattr(model, 'head') else 'predict'
+    mode = 'loss' if hasattr(model, 'roi_head') else 'tensor' if is_classifier(model) else 'predict'
     return model(**preprocess(model, batch), mode=mode)
 
 

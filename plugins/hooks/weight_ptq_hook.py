@@ -16,7 +16,7 @@ from gplq.plugins.atomic_backend import BACKEND_ARGS
 from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
 from gplq.plugins.hooks.company import refuse_beside
 from gplq.plugins.hooks.composed import ComposedHook
-from gplq.plugins.hooks.model import model_of, synchronize, task_loss, whole_forward
+from gplq.plugins.hooks.model import is_classifier, model_of, synchronize, task_loss, whole_forward
 from gplq.plugins.hooks.progress import logged_progress
 from gplq.plugins.hooks.randomness import seeded
 from gplq.plugins.hooks.report import evaluate
@@ -91,7 +91,7 @@ class WeightPTQHook(ComposedHook):
                     self._activations.loader(runner, settings.search.images),
                     search=settings.search,
                     # Classifiers give logits; the divergence of a detector's many outputs has no such form.
-                    loss=None if hasattr(model, 'head') else task_loss,
+                    loss=None if is_classifier(model) else task_loss,
                     forward=whole_forward,
                     progress=logged_progress,
                 )
