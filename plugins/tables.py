@@ -118,8 +118,10 @@ def _order(key: _Key) -> tuple[str, int, int, int, str, str]:
 
 
 def _digits(metric: str) -> str:
-    """Fractions have three decimals, percentages one."""
-    return '{:.3f}' if 'mAP' in metric else '{:.1f}'
+    """Fractions have three decimals, seconds and ratios two, percentages one."""
+    if 'mAP' in metric:
+        return '{:.3f}'
+    return '{:.2f}' if metric.startswith('step_') else '{:.1f}'
 
 
 def _mean(values: list[float], form: str) -> str:
