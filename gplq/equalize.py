@@ -17,7 +17,7 @@ from gplq.layers import QuantizedLinear
 from gplq.observers import MSEObserver
 from gplq.products import QuantizedProduct
 from gplq.quantizer import Quantizer
-from gplq.record import record_of
+from gplq.record import product_of, record_of
 
 __all__ = ['equalize_queries_and_keys']
 
@@ -62,7 +62,7 @@ def _watch(model: nn.Module, owners: dict[str, int], batches: Iterable[Any], for
     for name, index in owners.items():
         owner = model.get_submodule(name)
         handles.append(owner.register_forward_pre_hook(_Arguments(seen[name]), with_kwargs=True))
-        _product(owner, index).watcher = _Operands(seen[name])
+        product_of(owner, index).watcher = _Operands(seen[name])
     try:
         for batch in itertools.islice(bounded(batches, _SAMPLES), _SAMPLES):
             forward(model, batch)
@@ -70,7 +70,7 @@ def _watch(model: nn.Module, owners: dict[str, int], batches: Iterable[Any], for
         for handle in handles:
             handle.remove()
         for name, index in owners.items():
-            _product(model.get_submodule(name), index).watcher = None
+            product_of(model.get_submodule(name), index).watcher = None
     return {name: call for name, call in seen.items() if call.query.numel()}
 
 
@@ -101,13 +101,8 @@ class _RowNumbers:
         return rows.expand(output.shape).clone()
 
 
-def _product(owner: nn.Module, index: int) -> QuantizedProduct:
-    products = (p for p in owner.quantized_products if isinstance(p, QuantizedProduct))  # type: ignore[union-attr]
-    return next(p for p in products if p.index == index)
-
-
 def _equalize(owner: nn.Module, index: int, seen: _Seen) -> bool:
-    product = _product(owner, index)
+    product = product_of(owner, index)
     rows = _rows(owner, product, seen)
     if rows is None:
         return False

@@ -52,8 +52,7 @@ def codes_of(twin: nn.Module, *inputs: Tensor) -> list[Tensor]:
 def _stand_in(model: nn.Module) -> None:
     """Replace every quantized map, product and compensation by what is exported for it."""
     for plan, view in list(weight_views(model)):
-        attribute = 'quantization' if plan.kind in ('linear', 'conv2d') else f'{plan.kind}_map'
-        setattr(view.owner, attribute, _ExportedMap(plan, view))
+        setattr(view.owner, plan.attribute, _ExportedMap(plan, view))
     for name, product in list(named_products(model)):
         products = model.get_submodule(name.rpartition(':')[0]).quantized_products
         assert isinstance(products, nn.ModuleList)

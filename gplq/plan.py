@@ -42,6 +42,11 @@ class MapPlan:
     rows: int
     multiplications: int
 
+    @property
+    def attribute(self) -> str:
+        """Under which name the module holds it."""
+        return 'quantization' if self.kind in ('linear', 'conv2d') else f'{self.kind}_map'
+
 
 @dataclass(frozen=True)
 class ProductPlan:

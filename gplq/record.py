@@ -24,6 +24,7 @@ __all__ = [
     'map_of',
     'named_products',
     'named_quantizers',
+    'product_of',
     'record_of',
     'scale_parameters',
     'set_record',
@@ -95,9 +96,7 @@ def forget(model: nn.Module, name: str) -> None:
 
 def map_of(model: nn.Module, plan: MapPlan) -> LinearMap:
     """The linear map that ``plan`` describes."""
-    owner = model.get_submodule(plan.name)
-    attribute = 'quantization' if plan.kind in ('linear', 'conv2d') else f'{plan.kind}_map'
-    a_map = getattr(owner, attribute)
+    a_map = getattr(model.get_submodule(plan.name), plan.attribute)
     assert isinstance(a_map, LinearMap)
     return a_map
 
@@ -122,10 +121,13 @@ def weight_views(model: nn.Module) -> Iterator[tuple[MapPlan, WeightView]]:
 def named_products(model: nn.Module) -> Iterator[tuple[str, QuantizedProduct]]:
     """Every quantized product, named by its owner and index."""
     for plan in record_of(model).plan.products:
-        owner = model.get_submodule(plan.owner)
-        for product in owner.quantized_products:  # type: ignore[union-attr]
-            if isinstance(product, QuantizedProduct) and product.index == plan.index:
-                yield f'{plan.owner}:{plan.index}', product
+        yield f'{plan.owner}:{plan.index}', product_of(model.get_submodule(plan.owner), plan.index)
+
+
+def product_of(owner: nn.Module, index: int) -> QuantizedProduct:
+    """The quantized product that is the ``index``-th of its owner's forward."""
+    products = (p for p in owner.quantized_products if isinstance(p, QuantizedProduct))  # type: ignore[union-attr]
+    return next(p for p in products if p.index == index)
 
 
 def named_quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:

@@ -18,9 +18,9 @@ from gplq.errors import CheckpointError, StageError
 from gplq.files import write_atomically
 from gplq.fingerprint import fingerprint
 from gplq.insert import insert
-from gplq.layers import CompensatedBlock, LinearCompensation
+from gplq.layers import CompensatedBlock, LinearCompensation, WeightView
 from gplq.packing import pack, unpack
-from gplq.plan import Plan
+from gplq.plan import MapPlan, Plan
 from gplq.recipe import WEIGHT_STAGE_FIELDS, WEIGHT_TRAINING_FIELDS
 from gplq.record import Stage, named_quantizers, record_of, weight_views
 from gplq.spec import FLOAT_BITS
@@ -167,10 +167,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if weight is None or plan.weight_bits == FLOAT_BITS:
             continue
         codes = view.codes().cpu()
-        key = f'{plan.name}.{view.parameter}'
-        tensors.pop(key, None)
-        suffix = '' if view.rows is None else f'.{plan.kind}'
-        tensors[f'{key}{suffix}{_PACKED}'] = pack(codes, plan.weight_bits, signed=weight.zero_point is None)
+        tensors.pop(f'{plan.name}.{view.parameter}', None)
+        tensors[_packed_key(plan, view)] = pack(codes, plan.weight_bits, signed=weight.zero_point is None)
     # Tied tensors are stored once each: safetensors refuses memory that two names share.
     tensors = {name: t.clone() for name, t in tensors.items()}
     metadata = describe(model)
@@ -208,6 +206,12 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
+def _packed_key(plan: MapPlan, view: WeightView) -> str:
+    """Where the codes of a weight are in a file; projections that share a parameter have some of its rows each."""
+    part = '' if view.rows is None else f'.{plan.kind}'
+    return f'{plan.name}.{view.parameter}{part}{_PACKED}'
+
+
 def _fingerprint(tensors: dict[str, Tensor], description: dict[str, str]) -> str:
     """Of everything in a file but this hash itself."""
     return fingerprint(tensors, json.dumps({**description, _HASH: ''}, sort_keys=True))
@@ -227,8 +231,7 @@ def _read(model: nn.Module, file: Any, path: Path) -> dict[str, Tensor]:
     packed = {}
     for plan, view in weight_views(model):
         if plan.weight_bits != FLOAT_BITS:
-            suffix = '' if view.rows is None else f'.{plan.kind}'
-            packed[f'{plan.name}.{view.parameter}{suffix}{_PACKED}'] = (plan, view)
+            packed[_packed_key(plan, view)] = (plan, view)
     rounded = {f'{plan.name}.{view.parameter}' for plan, view in packed.values()}
     missing = sorted((set(expected) - rounded) - names) + sorted(set(packed) - names)
     foreign = sorted(names - set(expected) - set(packed))
@@ -253,7 +256,7 @@ def _read(model: nn.Module, file: Any, path: Path) -> dict[str, Tensor]:
         state[name] = expected[name].detach().clone()
     for key, (plan, view) in packed.items():
         assert view.map.weight is not None
-        prefix = f'{plan.name}.' + ('quantization' if plan.kind in ('linear', 'conv2d') else f'{plan.kind}_map')
+        prefix = f'{plan.name}.{plan.attribute}'
         weight, matrix = view.map.weight, view.matrix()
         codes = unpack(file.get_tensor(key), matrix.numel(), plan.weight_bits, signed=weight.zero_point is None)
         view.map.load_state_dict(
