@@ -58,7 +58,7 @@ def export(
         import onnx
         import onnxscript  # noqa: F401, torch's exporter needs it
     except ImportError as error:
-        raise StageError(f"export needs the package {error.name}: pip install 'gplq[deploy]'") from None
+        raise StageError(f"export needs the package {error.name}: pip install '.[deploy]' in GPLQ's folder") from None
     if part and part not in dict(model.named_modules()):
         raise TargetError(f'{type(model).__name__} has no part {part!r} to export')
     if example_inputs is None or not len(example_inputs):

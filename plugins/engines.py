@@ -111,4 +111,4 @@ def _require(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise StageError(f"this needs the package {error.name}: pip install 'gplq[deploy]'") from None
+        raise StageError(f"this needs the package {error.name}: pip install '.[deploy]' in GPLQ's folder") from None

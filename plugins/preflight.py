@@ -1,11 +1,14 @@
 """Find out before a run whether what its config names is there: files, and a GPU where one is needed."""
 
+import copy
+import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.utils import get_object_from_string
 
 from gplq.errors import GPLQError
 from gplq.plugins.type_name import pretrained_source, type_name
@@ -14,6 +17,8 @@ __all__ = ['PreflightError', 'preflight']
 
 # Hooks that start from a whole model and skip its initialization.
 _STAGES = {'ActivationQATHook', 'GPLQHook', 'PTQ4ViTHook', 'VariationAwareQATHook', 'WeightPTQHook'}
+# How the types of our own hooks begin.
+_OURS = 'gplq.plugins.'
 
 
 class PreflightError(GPLQError):
@@ -21,13 +26,16 @@ class PreflightError(GPLQError):
 
 
 def preflight(cfg: Config, splits: tuple[str, ...] = ('train', 'val')) -> None:
-    """Check data sets, annotation files, image folders, precision and checkpoints of a config, in this order.
+    """Check a config: our hooks' settings, data sets, annotation files, image folders, checkpoints, precision.
 
     Remote addresses and data sets behind another storage backend are left alone.
 
     Raises:
         PreflightError: the first thing that is missing.
+        RecipeError: a setting of a hook is not supported.
     """
+    for hook in _hooks(cfg):
+        _check_hook(hook)
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
         for dataset in _datasets(loader.dataset) if loader else ():
@@ -54,6 +62,24 @@ def _check_precision(wrapper: dict) -> None:
             'optim_wrapper.type=AmpOptimWrapper needs a GPU, and there is none: train in bfloat16 by --amp, or in '
             'float32 by --cfg-options optim_wrapper.type=OptimWrapper (and without loss_scale and dtype)'
         )
+
+
+def _hooks(cfg: Config) -> list[dict]:
+    hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())]
+    return [hook for hook in hooks if isinstance(hook, dict)]
+
+
+def _check_hook(hook: dict) -> None:
+    """Make one of ours for trial: the Runner would refuse its settings only after it has logged the whole config."""
+    kind, settings = hook.get('type'), {name: value for name, value in hook.items() if name not in ('type', 'priority')}
+    if isinstance(kind, str) and kind.startswith(_OURS):
+        found = get_object_from_string(kind)
+        if found is None:
+            near = difflib.get_close_matches(type_name(kind), _STAGES, cutoff=0)
+            raise PreflightError(f'there is no hook {kind}; did you mean {_OURS}{near[0]}?')
+        kind = found
+    if type_name(kind) in _STAGES and callable(kind):
+        kind(**copy.deepcopy(settings))
 
 
 def _check_dataset(dataset: dict, place: str) -> None:
@@ -104,9 +130,7 @@ def _initial_checkpoints(node: Any, place: str) -> Iterator[tuple[str, str]]:
 
 
 def _has_stages(cfg: Config) -> bool:
-    hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())]
-    types = [hook.get('type') for hook in hooks if isinstance(hook, dict)]
-    return any(type_name(of) in _STAGES for of in types)
+    return any(type_name(hook.get('type')) in _STAGES for hook in _hooks(cfg))
 
 
 def _is_local(path: str, owner: dict | None = None) -> bool:

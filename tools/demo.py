@@ -84,11 +84,18 @@ def draw_data(root: Path, scale: Scale, seed: int) -> None:
             print()
 
 
-def run_tool(name: str, *args: str | Path, options: dict[str, Any]) -> float:
-    """Run one of our tools as a user would; give its minutes."""
+RUNS = ('FP32 training', 'FP32 control', 'GPLQ', 'FP32 predictions', '4-bit predictions')
+
+
+def run_tool(title: str, name: str, *args: str | Path, options: dict[str, Any]) -> float:
+    """Run one of our tools as a user would; give its minutes.
+
+    Args:
+        title: one of `RUNS`.
+    """
     command = ['python', f'tools/{name}', *map(str, args)]
     command += ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
-    print(f'\n$ {shlex.join(command)}', flush=True)
+    print(f'\n== {title}, run {RUNS.index(title) + 1} of {len(RUNS)}\n$ {shlex.join(command)}', flush=True)
     start = time.perf_counter()
     done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT)
     if done.returncode:
@@ -123,7 +130,7 @@ def train_fp32(work: Path, scale: Scale, options: dict[str, Any]) -> tuple[Path,
         'param_scheduler.1.T_max': epochs,
         'default_hooks.checkpoint.interval': epochs,
     }
-    minutes = run_tool('train.py', FP32_CONFIG, '--work-dir', work, options=options | schedule)
+    minutes = run_tool(RUNS[0], 'train.py', FP32_CONFIG, '--work-dir', work, options=options | schedule)
     record.write_text(json.dumps({'config': config, 'minutes': minutes}))
     return checkpoint, minutes
 
@@ -185,11 +192,14 @@ def write_rows(path: Path, steps: list[Step], checkpoint: Path, seed: int) -> No
 
 
 def draw_pictures(work: Path, data: Path, predictions: dict[str, Path], count: int) -> Path:
-    """Draw the first images with each detector's predictions next to each other."""
+    """Draw the first images: what is there, and each detector's predictions, next to each other."""
     folder = work / 'pictures'
     folder.mkdir(exist_ok=True)
-    images = json.loads((data / 'annotations/val.json').read_text())['images'][:count]
-    found = {title: json.loads(path.read_text()) for title, path in predictions.items()}
+    annotated = json.loads((data / 'annotations/val.json').read_text())
+    images = annotated['images'][:count]
+    # What is there is no prediction and has no score.
+    found = {'truth': [{**annotation, 'score': 1.0} for annotation in annotated['annotations']]}
+    found |= {title: json.loads(path.read_text()) for title, path in predictions.items()}
     for image in images:
         pixels = np.asarray(cv2.imread(str(data / 'val' / image['file_name'])))[:, :, ::-1]
         columns = [
@@ -224,8 +234,8 @@ def main() -> None:
         'default_hooks.gplq.activation_bits': 32,
         'default_hooks.gplq.validate_fp32': False,
     }
-    run_tool('train.py', GPLQ_CONFIG, '--work-dir', work / 'fp32_control', options=options | floating)
-    run_tool('train.py', GPLQ_CONFIG, '--work-dir', work / 'gplq', options=options)
+    run_tool(RUNS[1], 'train.py', GPLQ_CONFIG, '--work-dir', work / 'fp32_control', options=options | floating)
+    run_tool(RUNS[2], 'train.py', GPLQ_CONFIG, '--work-dir', work / 'gplq', options=options)
 
     records = read_records(work / 'gplq')
     records['FP32']['minutes'] = minutes
@@ -239,13 +249,13 @@ def main() -> None:
 
     # The figures above are those of the hook; the pictures show what the saved checkpoints predict.
     predictions = {}
-    for title, config, weights in (
-        ('FP32', FP32_CONFIG, checkpoint),
-        ('4 bit', GPLQ_CONFIG, Path(records['W4A4']['checkpoint'])),
+    for run, title, config, weights in (
+        (RUNS[3], 'FP32', FP32_CONFIG, checkpoint),
+        (RUNS[4], '4 bit', GPLQ_CONFIG, Path(records['W4A4']['checkpoint'])),
     ):
         prefix = work / title.replace(' ', '_').lower()
         options = {'data_root': data, 'test_evaluator.outfile_prefix': prefix}
-        run_tool('test.py', config, weights, '--work-dir', work / 'test', options=options)
+        run_tool(run, 'test.py', config, weights, '--work-dir', work / 'test', options=options)
         predictions[title] = prefix.with_suffix('.segm.json')
     pictures = draw_pictures(work, data, predictions, args.pictures)
     write_rows(work / 'results.jsonl', steps, checkpoint, args.seed)

@@ -12,7 +12,8 @@ _missing = [name for name in _packages if importlib.util.find_spec(name) is None
 if _missing:
     raise ImportError(
         f'gplq.plugins.detection needs {", ".join(_missing)}. '
-        "Install the extra, and mmcv-lite unless you have mmcv: pip install 'gplq[detection]' 'mmcv-lite<2.2'"
+        "Install the extra, and mmcv-lite unless you have mmcv, in GPLQ's folder: "
+        "pip install '.[detection]' 'mmcv-lite<2.2'"
     )
 
 from gplq.plugins.safe_load import allow_mmengine_objects  # noqa: E402

@@ -5,7 +5,7 @@ import importlib.util
 _packages = ('mmengine', 'timm', 'torchvision')
 _missing = [name for name in _packages if importlib.util.find_spec(name) is None]
 if _missing:
-    raise ImportError(f"gplq.plugins.fgvc needs {', '.join(_missing)}: pip install 'gplq[fgvc]'")
+    raise ImportError(f"gplq.plugins.fgvc needs {', '.join(_missing)}: pip install '.[fgvc]' in GPLQ's folder")
 
 from .classifier import TimmClassifier  # noqa: E402
 from .cub import CUBDataset  # noqa: E402

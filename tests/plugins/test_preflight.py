@@ -7,6 +7,7 @@ from mmengine.config import Config
 from mmengine.model import PretrainedInit
 from mmengine.optim import AmpOptimWrapper
 
+from gplq.errors import RecipeError
 from gplq.plugins.hooks import GPLQHook
 from gplq.plugins.preflight import PreflightError, preflight
 
@@ -111,4 +112,21 @@ def test_mixed_precision_of_gpus_is_told_before_the_run(
     monkeypatch.setattr('torch.cuda.is_available', lambda: False)
     preflight(cfg, splits=('test',))
     with pytest.raises(PreflightError, match='AmpOptimWrapper needs a GPU.*--amp'):
+        preflight(cfg)
+
+
+@pytest.mark.parametrize('kind', ['gplq.plugins.GPLQHook', GPLQHook])
+def test_settings_of_our_hooks_are_read_before_the_run(root: Path, kind: object) -> None:
+    cfg = config(root)
+    cfg.default_hooks = dict(gplq=dict(type=kind, weight_bits=4, priority='NORMAL'))
+    preflight(cfg)
+    cfg.default_hooks.gplq.weight_bit = 4
+    with pytest.raises(RecipeError, match=r"no setting \['weight_bit'\]"):
+        preflight(cfg)
+
+
+def test_a_misspelled_hook_of_ours_is_named(root: Path) -> None:
+    cfg = config(root)
+    cfg.custom_hooks = [dict(type='gplq.plugins.GPLQhook')]
+    with pytest.raises(PreflightError, match=r'no hook gplq\.plugins\.GPLQhook; did you mean gplq\.plugins\.GPLQHook'):
         preflight(cfg)

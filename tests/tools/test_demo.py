@@ -83,10 +83,12 @@ def test_pictures_of_both_detectors_side_by_side(demo: ModuleType, tmp_path: Pat
     folder = demo.draw_pictures(tmp_path, tmp_path, files, count=2)
     assert sorted(p.name for p in folder.iterdir()) == ['000000.png', '000001.png']
     picture = cv2.imread(str(folder / '000000.png'))[20:]
-    width = picture.shape[1] // 2
-    assert (picture[:, :width] != picture[:, width:]).any()
+    # What is there, then the two detectors.
+    width = picture.shape[1] // 3
+    truth, confident_one, unsure_one = (picture[:, n * width : (n + 1) * width] for n in range(3))
+    assert (confident_one != unsure_one).any() and (truth != unsure_one).any()
     untouched = cv2.imread(str(folder / '000001.png'))[20:]
-    assert (untouched[:, :width] == untouched[:, width:]).all()
+    assert (untouched[:, width : 2 * width] == untouched[:, 2 * width :]).all()
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ import gplq.plugins.detection
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith('ImportError: gplq.plugins.detection needs mmdet.')
-    assert "pip install 'gplq[detection]'" in last
+    assert "pip install '.[detection]'" in last
 
 
 @pytest.mark.parametrize('launcher', [False, True])
