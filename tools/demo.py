@@ -48,7 +48,7 @@ class Scale:
     warmup: int
 
 
-FULL = Scale(train=1800, val=256, epochs=Config.fromfile(FP32_CONFIG).max_epochs, batch=8, warmup=100)
+FULL = Scale(train=1800, val=256, epochs=Config.fromfile(FP32_CONFIG).max_epochs, batch=4, warmup=200)
 # Small batches: so few images must make for some hundred steps, or the detector finds nothing at all.
 QUICK = Scale(train=160, val=16, epochs=3, batch=2, warmup=20)
 
