@@ -343,15 +343,15 @@ def test_no_calibration_images(make_config: MakeConfig) -> None:
     from gplq.plugins.hooks.data import calibration_loader
     from gplq.plugins.hooks.settings import HookSettings
 
-    class Stub:
-        cfg = make_config()
-
-    Stub.cfg.train_dataloader.dataset.length = 0
+    config = make_config()
+    config.train_dataloader.dataset.length = 0
     with pytest.raises(CalibrationError, match='training data set is empty'):
-        calibration_loader(Stub(), HookSettings.from_config(), 8)  # type: ignore[arg-type]
-    Stub.cfg.pop('train_dataloader')
+        calibration_loader(Runner.from_cfg(config), HookSettings.from_config(), 8)
+    config = make_config()
+    for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler'):
+        config.pop(key)
     with pytest.raises(CalibrationError, match='no train_dataloader'):
-        calibration_loader(Stub(), HookSettings.from_config(), 8)  # type: ignore[arg-type]
+        calibration_loader(Runner.from_cfg(config), HookSettings.from_config(), 8)
 
 
 def test_weight_stage_without_calibration(make_config: MakeConfig, toy: ModuleType) -> None:

@@ -300,7 +300,8 @@ def test_calibration_annotations_are_those_of_the_resized_image(user_config: Any
     cfg.merge_from_dict(parsed(data_options(coco)))
     cfg.merge_from_dict({'val_dataloader.dataset.pipeline.1.scale': (128, 128), 'work_dir': str(tmp_path)})
     init_default_scope('mmdet')
-    stub = SimpleNamespace(cfg=cfg)
+    loaders = {f'_{split}_dataloader': cfg.get(f'{split}_dataloader') for split in ('train', 'val', 'test')}
+    stub = SimpleNamespace(**loaders)
     batch = next(iter(calibration_loader(stub, HookSettings.from_config(), 1)))  # type: ignore[arg-type]
     (sample,) = batch['data_samples']
     truth = {a['image_id']: [] for a in json.loads((coco / 'annotations/train.json').read_text())['annotations']}
