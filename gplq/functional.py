@@ -36,17 +36,16 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, bounds: tuple[int, int], factor: float
     ) -> Tensor:
-        kept, values = keep(x, Grid(scale, bounds[0], bounds[1], offset))
+        kept, values = keep(x, Grid(scale, bounds[0], bounds[1], offset), x.dtype)
         ctx.save_for_backward(*kept, scale, offset)
         ctx.bounds, ctx.factor, ctx.dtype = bounds, factor, x.dtype
-        return values.to(x.dtype)
+        return values
 
     @staticmethod
     def backward(ctx: Any, *arguments: Tensor) -> tuple[Tensor | None, ...]:
         codes, errors, scale, offset = ctx.saved_tensors
         grid = Grid(scale, ctx.bounds[0], ctx.bounds[1], offset, ctx.factor)
-        to_x, to_scale, to_offset = gradients(Kept(codes, errors), arguments[0], grid)
-        return to_x.to(ctx.dtype), to_scale, to_offset, None, None
+        return *gradients(Kept(codes, errors), arguments[0], grid, ctx.dtype), None, None
 
 
 def fake_quantize(

@@ -87,9 +87,9 @@ class _QuantizedAttention(torch.autograd.Function):
         kept: list[Tensor] = []
         restored = []
         for x, own, (qmin, qmax, _) in zip((query, key, value), scales, grids, strict=False):
-            of_x, values = keep(x, Grid(own, qmin, qmax))
+            of_x, values = keep(x, Grid(own, qmin, qmax), dtype)
             kept += of_x
-            restored.append(values.to(x.dtype).to(dtype))
+            restored.append(values)
         ctx.save_for_backward(*kept, *scales, scale, mask, index)
         ctx.grids, ctx.dtype, ctx.given = grids, dtype, (query.dtype, key.dtype, value.dtype)
         query, key, value = restored
@@ -111,8 +111,8 @@ class _QuantizedAttention(torch.autograd.Function):
         scales, (scale, mask, index) = saved[6:9], saved[9:]
         gradient = arguments[0].to(ctx.dtype)
         query, key, value = (
-            restore(k, Grid(own, qmin, qmax)).to(given).to(ctx.dtype)
-            for k, own, given, (qmin, qmax, _) in zip(kept, scales, ctx.given, ctx.grids, strict=False)
+            restore(k, Grid(own, qmin, qmax), ctx.dtype)
+            for k, own, (qmin, qmax, _) in zip(kept, scales, ctx.grids, strict=False)
         )
         incoming = [torch.empty_like(x) for x in (query, key, value)]
         to_query, to_key, to_value = incoming
@@ -141,8 +141,8 @@ class _QuantizedAttention(torch.autograd.Function):
             del query, key, value
             to_operands, to_scales = [], []
             for k, own, given, (qmin, qmax, own_factor) in zip(kept, scales, ctx.given, ctx.grids, strict=False):
-                to_x, to_own, _ = gradients(k, incoming.pop(0), Grid(own, qmin, qmax, None, own_factor))
-                to_operands.append(to_x.to(given))
+                to_x, to_own, _ = gradients(k, incoming.pop(0), Grid(own, qmin, qmax, None, own_factor), given)
+                to_operands.append(to_x)
                 to_scales.append(to_own)
         return *to_operands, *to_scales, to_scale * factor, to_mask, None, None, None
 

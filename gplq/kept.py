@@ -5,6 +5,7 @@ A quantized product needs no more of its operands. Kept as floats they are the l
 
 from __future__ import annotations
 
+from types import EllipsisType
 from typing import NamedTuple
 
 import torch
@@ -14,9 +15,12 @@ from gplq.grid import Grid, dequantize_, steps_of
 
 __all__ = ['Kept', 'gradients', 'keep', 'restore']
 
-# Rounding errors lie within half a step.
+# Rounding errors lie within half a step: bytes 1 to 255, and 0 for what is clipped.
 _ERROR_STEPS = 254
-_CLIPPED = -128
+_NO_ERROR = 128
+_BYTES = 256
+# Elements that a CPU rounds at once: few enough for what is computed on the way to stay in its cache.
+_TOGETHER = 1 << 18
 
 
 class Kept(NamedTuple):
@@ -26,22 +30,33 @@ class Kept(NamedTuple):
     errors: Tensor
 
 
-def keep(x: Tensor, grid: Grid) -> tuple[Kept, Tensor]:
-    """Round ``x``; what to keep of it, and the quantized values in the dtype of the scale."""
-    steps = steps_of(x, grid)
-    codes = steps.round().clamp_(grid.qmin, grid.qmax)
-    clipped = (steps <= grid.qmin) | (steps >= grid.qmax)
-    errors = torch.sub(codes, steps, out=steps).mul_(_ERROR_STEPS).round_().masked_fill_(clipped, _CLIPPED)
-    kept = Kept(_pack(codes, grid), errors.to(torch.int8))
-    return kept, dequantize_(codes, grid)
+def keep(x: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Kept, Tensor]:
+    """Round ``x``; what to keep of it, and the quantized values as ``dtype``."""
+    parts = _parts(x, grid)
+    codes = torch.empty(parts[-1].codes.stop, dtype=torch.uint8, device=x.device)
+    errors = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    values = torch.empty(x.shape, dtype=dtype, device=x.device)
+    no_error = torch.full((), _NO_ERROR + 0.5, dtype=grid.scale.dtype, device=x.device)
+    for part in parts:
+        own = part.grid
+        steps = steps_of(x[part.rows], own)
+        rounded = steps.round().clamp_(own.qmin, own.qmax)
+        _pack(rounded, own, codes[part.codes])
+        of_part = torch.add(no_error, rounded - steps, alpha=_ERROR_STEPS)
+        errors[part.rows] = _inside(of_part, steps, own.qmin, own.qmax)
+        values[part.rows] = dequantize_(rounded, own)
+    return Kept(codes, errors), values
 
 
-def restore(kept: Kept, grid: Grid) -> Tensor:
-    """The quantized values, to the last bit, in the dtype of the scale."""
-    return dequantize_(_unpack(kept, grid), grid)
+def restore(kept: Kept, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """The quantized values as ``dtype``, to the last bit."""
+    values = torch.empty(kept.errors.shape, dtype=dtype, device=kept.errors.device)
+    for part in _parts(kept.errors, grid):
+        values[part.rows] = dequantize_(_unpack(kept, part), part.grid)
+    return values
 
 
-def gradients(kept: Kept, gradient: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
+def gradients(kept: Kept, gradient: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of input, scale and offset from that of the quantized values.
 
     LSQ (Esser et al. 2020, eq. 3; LSQ+ eq. 5 for the offset): to the input straight through where nothing is clipped;
@@ -51,40 +66,92 @@ def gradients(kept: Kept, gradient: Tensor, grid: Grid) -> tuple[Tensor, Tensor,
         kept: of the input.
         gradient: of the quantized values.
         grid: on which they lie.
+        dtype: of the input's gradient.
     """
-    scale, offset = grid.scale, grid.offset
-    clipped = kept.errors == _CLIPPED
-    gradient = gradient.to(scale.dtype)
-    to_input = gradient.masked_fill(clipped, 0.0)
-    slope = kept.errors.to(scale.dtype).div_(_ERROR_STEPS)
-    bound = _unpack(kept, grid)
-    if offset is not None:
-        bound.add_(offset)
-    slope = torch.where(clipped, bound, slope).mul_(gradient)
-    to_scale = slope.sum_to_size(scale.shape) * grid.factor
-    if offset is None:
-        return to_input, to_scale, None
-    return to_input, to_scale, ((gradient - to_input) * scale).sum_to_size(offset.shape) * grid.factor
+    to_input = torch.empty(kept.errors.shape, dtype=dtype, device=kept.errors.device)
+    to_scale = torch.zeros_like(grid.scale)
+    to_offset = None if grid.offset is None else torch.zeros_like(grid.offset)
+    for part in _parts(kept.errors, grid):
+        own = part.grid
+        incoming = gradient[part.rows].to(own.scale.dtype)
+        errors = kept.errors[part.rows].to(own.scale.dtype)
+        passed = _inside(incoming, errors, 0, _BYTES)
+        stopped = incoming - passed
+        bound = _unpack(kept, part)
+        if own.offset is not None:
+            bound.add_(own.offset)
+        slope = bound.mul_(stopped).addcmul_(passed, errors.sub_(_NO_ERROR), value=1 / _ERROR_STEPS)
+        _rows_of(to_scale, part, errors.dim()).add_(slope.sum_to_size(own.scale.shape), alpha=grid.factor)
+        if to_offset is not None and own.offset is not None:
+            shift = stopped.mul_(own.scale).sum_to_size(own.offset.shape)
+            _rows_of(to_offset, part, errors.dim()).add_(shift, alpha=grid.factor)
+        to_input[part.rows] = passed
+    return to_input, to_scale, to_offset
 
 
-def _pack(codes: Tensor, grid: Grid) -> Tensor:
+class _Part(NamedTuple):
+    """Leading rows of a tensor, the bytes in which their codes are kept, and the grid they lie on."""
+
+    rows: slice | EllipsisType
+    codes: slice
+    grid: Grid
+
+
+def _parts(x: Tensor, grid: Grid) -> list[_Part]:
+    """All of ``x`` on a GPU; on a CPU as many rows as stay in the cache."""
+    size = x.numel()
+    rows = len(x) if x.dim() else 1
+    together = max(1, _TOGETHER // max(1, size // max(1, rows)))
+    if together >= rows or x.device.type != 'cpu' or torch.compiler.is_compiling():
+        return [_Part(..., slice(0, _bytes(size, grid)), grid)]
+    inner = size // rows
+    parts, end = [], 0
+    for first in range(0, rows, together):
+        last = min(rows, first + together)
+        begin, end = end, end + _bytes((last - first) * inner, grid)
+        part = _Part(slice(first, last), slice(begin, end), grid)
+        own = grid._replace(
+            scale=_rows_of(grid.scale, part, x.dim()),
+            offset=None if grid.offset is None else _rows_of(grid.offset, part, x.dim()),
+        )
+        parts.append(part._replace(grid=own))
+    return parts
+
+
+def _rows_of(parameter: Tensor, part: _Part, dimensions: int) -> Tensor:
+    """The rows' own of a scale or offset that broadcasts against a tensor of so many dimensions."""
+    shared = part.rows is ... or parameter.dim() < dimensions or len(parameter) == 1
+    return parameter if shared else parameter[part.rows]
+
+
+def _inside(x: Tensor, position: Tensor, low: float, high: float) -> Tensor:
+    """``x`` where ``low < position < high``, else 0, in one pass."""
+    inside: Tensor = torch.ops.aten.hardtanh_backward(x, position, low, high)
+    return inside
+
+
+def _bytes(codes: int, grid: Grid) -> int:
+    return codes if grid.qmax - grid.qmin >= 16 else (codes + 1) // 2
+
+
+def _pack(codes: Tensor, grid: Grid, packed: Tensor) -> None:
     """Codes as bytes; at most 16 different ones two a byte, the first half of the tensor in the lower bits."""
     values = (codes.reshape(-1) - grid.qmin).to(torch.uint8)
-    if grid.qmax - grid.qmin >= 16:
-        return values
-    middle = (len(values) + 1) // 2
-    packed = values[:middle].clone()
-    packed[: len(values) - middle] += values[middle:] * 16
-    return packed
+    middle = len(packed)
+    packed.copy_(values[:middle])
+    if middle < len(values):
+        packed[: len(values) - middle].add_(values[middle:], alpha=16)
 
 
-def _unpack(kept: Kept, grid: Grid) -> Tensor:
-    values = torch.empty(kept.errors.shape, dtype=grid.scale.dtype, device=kept.errors.device)
+def _unpack(kept: Kept, part: _Part) -> Tensor:
+    """The codes of a part in the dtype of the scale, in memory of their own."""
+    packed, grid = kept.codes[part.codes], part.grid
+    values = torch.empty(kept.errors[part.rows].shape, dtype=grid.scale.dtype, device=packed.device)
     flat = values.view(-1)
-    if grid.qmax - grid.qmin >= 16:
-        flat.copy_(kept.codes)
+    if len(packed) == len(flat):
+        flat.copy_(packed if grid.qmax - grid.qmin >= 16 else packed & 15)
     else:
-        middle = len(kept.codes)
-        flat[:middle] = kept.codes & 15
-        flat[middle:] = (kept.codes >> 4)[: len(flat) - middle]
+        middle = len(packed)
+        flat[:middle] = packed & 15
+        flat[middle:] = (packed >> 4)[: len(flat) - middle]
     return values.add_(grid.qmin)

@@ -56,11 +56,10 @@ class _QuantizedLinear(torch.autograd.Function):
         factor: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        kept, values = keep(x, Grid(scale, bounds[0], bounds[1], offset))
+        kept, values = keep(x, Grid(scale, bounds[0], bounds[1], offset), dtype)
         ctx.save_for_backward(*kept, weight, scale, offset)
         ctx.bounds, ctx.factor, ctx.dtype, ctx.given, ctx.has_bias = bounds, factor, dtype, x.dtype, bias is not None
         with torch.autocast(x.device.type, enabled=False):
-            values = values.to(x.dtype).to(dtype)
             return F.linear(values, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
@@ -71,12 +70,10 @@ class _QuantizedLinear(torch.autograd.Function):
         to_x = to_weight = to_bias = to_scale = to_offset = None
         with torch.autocast(gradient.device.type, enabled=False):
             if ctx.needs_input_grad[1]:
-                values = restore(kept, grid).to(ctx.given).to(ctx.dtype)
-                to_weight = (gradient.t() @ values).to(weight.dtype)
-                del values
+                to_weight = (gradient.t() @ restore(kept, grid, ctx.dtype)).to(weight.dtype)
             if ctx.has_bias and ctx.needs_input_grad[2]:
                 to_bias = gradient.sum(0).to(weight.dtype)
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-                to_x, to_scale, to_offset = gradients(kept, gradient @ weight.to(ctx.dtype), grid)
-                to_x = to_x.to(ctx.given)
+                incoming = gradient @ weight.to(ctx.dtype)
+                to_x, to_scale, to_offset = gradients(kept, incoming, grid, ctx.given)
         return to_x, to_weight, to_bias, to_scale, to_offset, None, None, None
