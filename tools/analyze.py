@@ -52,18 +52,17 @@ def parse_args() -> argparse.Namespace:
 
 
 class _Found:
-    """A model in its Runner, calibrated or quantized."""
+    """A model in its Runner, calibrated or quantized; the config names its checkpoint by ``load_from``."""
 
-    def __init__(self, cfg: Config, checkpoint: str, bits: str | None, work_dir: Path) -> None:
+    def __init__(self, cfg: Config, bits: str | None) -> None:
         hook = dict(cfg.default_hooks.pop('gplq'))
         hook.pop('type')
         if bits is not None:
             found = Recipe.from_string(bits)
             hook |= {'weight_bits': found.weight_bits, 'activation_bits': found.activation_bits}
         self.hook = ActivationQATHook(**{**hook, 'iterations': 0, 'validate_fp32': False})
-        cfg.load_from, cfg.resume, cfg.work_dir = checkpoint, False, str(work_dir)
         runner = self.runner = Runner.from_cfg(cfg)
-        if quantization_of(read_checkpoint(checkpoint)) is None:
+        if quantization_of(read_checkpoint(cfg.load_from)) is None:
             runner.register_hook(self.hook)
             runner.train()
         else:
@@ -93,7 +92,7 @@ def main() -> None:
         )
         for config, weights in args.beside
     ]
-    found = _Found(cfg, args.checkpoint, args.bits, work)
+    found = _Found(cfg, args.bits)
     models = [found.sites(Path(args.config).stem, args.samples)]
     sensitivities: list[Sensitivity] = []
     metric, fp32, whole = '', None, None
@@ -101,7 +100,7 @@ def main() -> None:
         sensitivities, metric, fp32, whole = _sensitivities(found, args.metric)
     for other in others:
         name = Path(other.filename).stem
-        models.append(_Found(other, other.load_from, args.bits, work / name).sites(name, args.samples))
+        models.append(_Found(other, args.bits).sites(name, args.samples))
     write_bytes_atomically(work / 'analysis.md', write_table(models).encode())
     write_bytes_atomically(work / 'analysis.csv', write_csv(models).encode())
     page = render_page(models, sensitivities, metric, fp32, whole)
@@ -113,7 +112,7 @@ def _read(args: argparse.Namespace, checkpoint: str) -> Config:
     cfg = read_config(args)
     if not (cfg.get('default_hooks') or {}).get('gplq'):
         raise RecipeError(f'{args.config} has no default_hooks.gplq: give a config with the two lines')
-    cfg.load_from = checkpoint
+    cfg.load_from, cfg.resume = checkpoint, False
     preflight(cfg)
     return cfg
 

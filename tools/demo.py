@@ -31,6 +31,7 @@ from gplq.plugins.results import ResultRow, append_row, commit, file_sha256, rep
 ROOT = Path(__file__).resolve().parents[1]
 FP32_CONFIG = ROOT / 'configs/mask_rcnn_vit-tiny_shapes.py'
 GPLQ_CONFIG = ROOT / 'configs/gplq_mask_rcnn_vit-tiny_shapes.py'
+RUNS = ('FP32 training', 'FP32 control', 'GPLQ', 'FP32 predictions', '4-bit predictions')
 METRICS = {'bbox_mAP': 'box AP', 'segm_mAP': 'mask AP'}
 # Lower scores would hide the picture under boxes.
 MIN_SCORE = 0.3
@@ -82,9 +83,6 @@ def draw_data(root: Path, scale: Scale, seed: int) -> None:
             print(f'drawing {images} images for {split}')
             write_split(root, split, images, settings, progress=track_iter_progress)
             print()
-
-
-RUNS = ('FP32 training', 'FP32 control', 'GPLQ', 'FP32 predictions', '4-bit predictions')
 
 
 def run_tool(title: str, name: str, *args: str | Path, options: dict[str, Any]) -> float:
