@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from gplq.errors import ProductError
 from gplq.fused_attention import quantized_attention
 from gplq.layers.linear import QuantizedLinear
+from gplq.quantized_matmul import quantized_matmul
 from gplq.quantizer import Quantizer
 
 __all__ = ['ProductOwner', 'QuantizedProduct', 'product_operands', 'scaled_dot_product_parts']
@@ -125,6 +126,10 @@ class QuantizedProduct(nn.Module):
 
     def forward(self, left: Tensor, right: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         quantize_left, quantize_right = self.operands
+        # Leading axes that must be broadcast are left to the general operations.
+        alike = min(left.dim(), right.dim()) >= 2 and left.shape[:-2] == right.shape[:-2]
+        if alike and multiply is torch.matmul and self.settled:
+            return quantized_matmul(left, right, (quantize_left.grid(left), quantize_right.grid(right)))
         y = multiply(quantize_left(left), quantize_right(right))
         if self.watcher is not None:
             self.watcher(left.detach(), right.detach(), y)
