@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo 'make setup           install everything into $(VENV), in the versions of constraints.txt'
 	@echo 'make demo            FP32 Mask R-CNN to 4 bits on generated images (up to 15 minutes on two cores)'
-	@echo 'make demo QUICK=1    the same path in about two minutes, with figures that mean nothing'
+	@echo 'make demo QUICK=1    the same path in a minute and a half, with figures that mean nothing'
 	@echo 'make test            run the tests; ARGS="-m slow" or any other pytest arguments'
 	@echo 'make lint            ruff and mypy, as pre-commit runs them'
 	@echo 'PYTHON=python3.10    the interpreter of a new environment, 3.10 to 3.12 (now: $(PYTHON))'
