@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gplq.grid import Grid
 from gplq.kept import Kept, gradients, keep
@@ -42,6 +43,7 @@ class _FakeQuantize(torch.autograd.Function):
         return values
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *arguments: Tensor) -> tuple[Tensor | None, ...]:
         codes, errors, scale, offset = ctx.saved_tensors
         grid = Grid(scale, ctx.bounds[0], ctx.bounds[1], offset, ctx.factor)
@@ -60,7 +62,7 @@ def fake_quantize(
 
     Args:
         x: any shape.
-        scale: positive, broadcasts against ``x``.
+        scale: positive, broadcasts against ``x``, with no more axes.
         qmin: smallest code.
         qmax: largest code.
         offset: in steps, broadcasts against ``x``; None for a symmetric quantizer.

@@ -1,4 +1,4 @@
-"""Softmax attention on quantized operands, a few heads at a time, that keeps codes alone for backward."""
+"""Softmax attention on quantized operands, a few heads at a time, that keeps codes and rounding errors for backward."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from gplq.autocast import product_dtype
 from gplq.grid import Grid
 from gplq.kept import Kept, gradients, keep, restore
 
@@ -28,7 +30,8 @@ def quantized_attention(
 
     The map of n x m values a head is by far the largest tensor of an attention, and written out it is kept several
     times over. Here it is made anew in backward, as FlashAttention does (Dao et al. 2022, sec. 3.1), and of query, key
-    and value their codes are kept. Gradients of the scales are LSQ's.
+    and value their codes are kept. Gradients of the scales are LSQ's, for query, key and value from rounding errors in
+    8 bit.
 
     Args:
         query: ``(..., n, d)``, already multiplied by the softmax's temperature.
@@ -54,15 +57,13 @@ def quantized_attention(
         flat_mask = mask.reshape(-1, *mask.shape[-2:])
         # Which mask belongs to which head, so that one mask for all images is not copied for each.
         index = torch.arange(heads.numel(), device=mask.device).reshape(heads).expand(lead).reshape(groups)
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     y: Tensor = _QuantizedAttention.apply(  # type: ignore[no-untyped-call]
         *operands,
         *scales,
         flat_mask,
         index,
         tuple((grid.qmin, grid.qmax, grid.factor) for grid in grids),
-        dtype,
+        product_dtype(value),
     )
     return y.reshape(*lead, *y.shape[-2:])
 
@@ -105,6 +106,7 @@ class _QuantizedAttention(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *arguments: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         kept = [Kept(*saved[number : number + 2]) for number in (0, 2, 4)]

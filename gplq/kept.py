@@ -5,6 +5,7 @@ A quantized product needs no more of its operands. Kept as floats they are the l
 
 from __future__ import annotations
 
+import math
 from types import EllipsisType
 from typing import NamedTuple
 
@@ -24,24 +25,28 @@ _TOGETHER = 1 << 18
 
 
 class Kept(NamedTuple):
-    """Codes and rounding errors of a tensor; a tuple of tensors, as ``save_for_backward`` takes them."""
+    """Codes and rounding errors of a tensor; a tuple of tensors, as ``save_for_backward`` takes them.
+
+    Codes are a matrix with a row of bytes for each of the tensor's leading rows, however many of these are rounded
+    together; at most 16 different ones lie two a byte, the first half of a row in the lower bits. Errors lie in memory
+    as the tensor does.
+    """
 
     codes: Tensor
     errors: Tensor
 
 
 def keep(x: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Kept, Tensor]:
-    """Round ``x``; what to keep of it, and the quantized values as ``dtype``."""
-    parts = _parts(x, grid)
-    codes = torch.empty(parts[-1].codes.stop, dtype=torch.uint8, device=x.device)
-    errors = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    values = torch.empty(x.shape, dtype=dtype, device=x.device)
+    """Round ``x``; what to keep of it, and the quantized values as ``dtype``, in the memory order of ``x``."""
+    codes = torch.empty(x.shape[0] if x.dim() else 1, _bytes(x, grid), dtype=torch.uint8, device=x.device)
+    errors = torch.empty_like(x, dtype=torch.uint8)
+    values = torch.empty_like(x, dtype=dtype)
     no_error = torch.full((), _NO_ERROR + 0.5, dtype=grid.scale.dtype, device=x.device)
-    for part in parts:
+    for part in _parts(x, grid):
         own = part.grid
         steps = steps_of(x[part.rows], own)
         rounded = steps.round().clamp_(own.qmin, own.qmax)
-        _pack(rounded, own, codes[part.codes])
+        _pack(rounded, own, codes[part.rows])
         of_part = torch.add(no_error, rounded - steps, alpha=_ERROR_STEPS)
         errors[part.rows] = _inside(of_part, steps, own.qmin, own.qmax)
         values[part.rows] = dequantize_(rounded, own)
@@ -50,7 +55,7 @@ def keep(x: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Kept, Tensor]:
 
 def restore(kept: Kept, grid: Grid, dtype: torch.dtype) -> Tensor:
     """The quantized values as ``dtype``, to the last bit."""
-    values = torch.empty(kept.errors.shape, dtype=dtype, device=kept.errors.device)
+    values = torch.empty_like(kept.errors, dtype=dtype)
     for part in _parts(kept.errors, grid):
         values[part.rows] = dequantize_(_unpack(kept, part), part.grid)
     return values
@@ -68,7 +73,7 @@ def gradients(kept: Kept, gradient: Tensor, grid: Grid, dtype: torch.dtype) -> t
         grid: on which they lie.
         dtype: of the input's gradient.
     """
-    to_input = torch.empty(kept.errors.shape, dtype=dtype, device=kept.errors.device)
+    to_input = torch.empty_like(kept.errors, dtype=dtype)
     to_scale = torch.zeros_like(grid.scale)
     to_offset = None if grid.offset is None else torch.zeros_like(grid.offset)
     for part in _parts(kept.errors, grid):
@@ -90,26 +95,20 @@ def gradients(kept: Kept, gradient: Tensor, grid: Grid, dtype: torch.dtype) -> t
 
 
 class _Part(NamedTuple):
-    """Leading rows of a tensor, the bytes in which their codes are kept, and the grid they lie on."""
+    """Leading rows of a tensor, and the grid they lie on."""
 
     rows: slice | EllipsisType
-    codes: slice
     grid: Grid
 
 
 def _parts(x: Tensor, grid: Grid) -> list[_Part]:
-    """All of ``x`` on a GPU; on a CPU as many rows as stay in the cache."""
-    size = x.numel()
-    rows = len(x) if x.dim() else 1
-    together = max(1, _TOGETHER // max(1, size // max(1, rows)))
-    if together >= rows or x.device.type != 'cpu' or torch.compiler.is_compiling():
-        return [_Part(..., slice(0, _bytes(size, grid)), grid)]
-    inner = size // rows
-    parts, end = [], 0
-    for first in range(0, rows, together):
-        last = min(rows, first + together)
-        begin, end = end, end + _bytes((last - first) * inner, grid)
-        part = _Part(slice(first, last), slice(begin, end), grid)
+    """All of ``x`` on a GPU or in a compiled graph; on a CPU as many rows as stay in the cache, at least one."""
+    if x.device.type != 'cpu' or torch.compiler.is_compiling() or x.dim() == 0 or x.numel() <= _TOGETHER:
+        return [_Part(..., grid)]
+    parts = []
+    together = max(1, _TOGETHER * len(x) // x.numel())
+    for first in range(0, len(x), together):
+        part = _Part(slice(first, first + together), grid)
         own = grid._replace(
             scale=_rows_of(grid.scale, part, x.dim()),
             offset=None if grid.offset is None else _rows_of(grid.offset, part, x.dim()),
@@ -130,28 +129,36 @@ def _inside(x: Tensor, position: Tensor, low: float, high: float) -> Tensor:
     return inside
 
 
-def _bytes(codes: int, grid: Grid) -> int:
-    return codes if grid.qmax - grid.qmin >= 16 else (codes + 1) // 2
+def _wide(grid: Grid) -> bool:
+    """Whether a code takes a byte of its own."""
+    return grid.qmax - grid.qmin >= 16
+
+
+def _bytes(x: Tensor, grid: Grid) -> int:
+    """Bytes that the codes of a row of ``x`` take."""
+    codes = math.prod(x.shape[1:])
+    return codes if _wide(grid) else (codes + 1) // 2
 
 
 def _pack(codes: Tensor, grid: Grid, packed: Tensor) -> None:
-    """Codes as bytes; at most 16 different ones two a byte, the first half of the tensor in the lower bits."""
-    values = (codes.reshape(-1) - grid.qmin).to(torch.uint8)
-    middle = len(packed)
-    packed.copy_(values[:middle])
-    if middle < len(values):
-        packed[: len(values) - middle].add_(values[middle:], alpha=16)
+    values = (codes - grid.qmin).to(torch.uint8).reshape(len(packed), math.prod(codes.shape[1:]))
+    if _wide(grid):
+        packed.copy_(values)
+        return
+    middle = packed.shape[1]
+    packed.copy_(values[:, :middle])
+    packed[:, : values.shape[1] - middle].add_(values[:, middle:], alpha=16)
 
 
 def _unpack(kept: Kept, part: _Part) -> Tensor:
     """The codes of a part in the dtype of the scale, in memory of their own."""
-    packed, grid = kept.codes[part.codes], part.grid
+    packed, grid = kept.codes[part.rows], part.grid
     values = torch.empty(kept.errors[part.rows].shape, dtype=grid.scale.dtype, device=packed.device)
-    flat = values.view(-1)
-    if len(packed) == len(flat):
-        flat.copy_(packed if grid.qmax - grid.qmin >= 16 else packed & 15)
+    rows = values.view(len(packed), math.prod(values.shape[1:]))
+    if _wide(grid):
+        rows.copy_(packed)
     else:
-        middle = len(packed)
-        flat[:middle] = packed & 15
-        flat[middle:] = (packed >> 4)[: len(flat) - middle]
+        middle = packed.shape[1]
+        rows[:, :middle] = packed & 15
+        rows[:, middle:] = (packed >> 4)[:, : rows.shape[1] - middle]
     return values.add_(grid.qmin)

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gplq.autocast import product_dtype
 from gplq.grid import Grid
 from gplq.kept import Kept, gradients, keep, restore
 
@@ -22,23 +24,29 @@ def quantized_linear(
 ) -> Tensor:
     """``linear(fake_quantize(x), weight, bias)``, values and gradients as if written out.
 
-    Between forward and backward it keeps 1.5 bytes a value of ``x`` at 4 bits, where the two operations keep 8. Only
-    the scale's gradient depends on the rounding error in 8 bit; those of input and weight are exact.
+    Between forward and backward it keeps 1.5 bytes a value of ``x`` at 4 bits, where the two operations keep the
+    quantized values as well. Only the scale's gradient depends on the rounding error in 8 bit; those of input and
+    weight are exact.
 
     Args:
         x: ``(..., columns)``.
         weight: ``(rows, columns)``.
         bias: ``(rows,)`` or None.
-        grid: of ``x``.
+        grid: of ``x``; scale and offset have one value, or one a column.
 
     Returns:
         ``(..., rows)``.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     # A matrix, so that the result is no view made inside: callers may add to it in place.
     y: Tensor = _QuantizedLinear.apply(  # type: ignore[no-untyped-call]
-        x.reshape(-1, x.shape[-1]), weight, bias, grid.scale, grid.offset, (grid.qmin, grid.qmax), grid.factor, dtype
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        bias,
+        grid.scale,
+        grid.offset,
+        (grid.qmin, grid.qmax),
+        grid.factor,
+        product_dtype(x),
     )
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -63,6 +71,7 @@ class _QuantizedLinear(torch.autograd.Function):
             return F.linear(values, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *arguments: Tensor) -> tuple[Tensor | None, ...]:
         codes, errors, weight, scale, offset = ctx.saved_tensors
         kept, grid = Kept(codes, errors), Grid(scale, ctx.bounds[0], ctx.bounds[1], offset, ctx.factor)
@@ -73,7 +82,7 @@ class _QuantizedLinear(torch.autograd.Function):
                 to_weight = (gradient.t() @ restore(kept, grid, ctx.dtype)).to(weight.dtype)
             if ctx.has_bias and ctx.needs_input_grad[2]:
                 to_bias = gradient.sum(0).to(weight.dtype)
-            if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+            if any(ctx.needs_input_grad[number] for number in (0, 3, 4)):
                 incoming = gradient @ weight.to(ctx.dtype)
                 to_x, to_scale, to_offset = gradients(kept, incoming, grid, ctx.given)
         return to_x, to_weight, to_bias, to_scale, to_offset, None, None, None

@@ -69,7 +69,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--quick', action='store_true', help='few images: a minute and a half, figures that mean nothing')
+    parser.add_argument(
+        '--quick', action='store_true', help='few images: a minute and a half, figures that mean nothing'
+    )
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/demo, or work_dirs/demo_quick')
     parser.add_argument('--seed', type=int, default=0, help='of images and training (default: %(default)s)')
     parser.add_argument('--pictures', type=int, default=12, help='how many are drawn (default: %(default)s)')

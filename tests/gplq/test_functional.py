@@ -165,3 +165,26 @@ def test_order_is_kept(values: list[float], scale: float, width: int) -> None:
     x = torch.tensor(sorted(values))
     y = fake_quantize(x, torch.tensor(scale), -(2 ** (width - 1)), 2 ** (width - 1) - 1)
     assert bool((y.diff() >= 0).all())
+
+
+def test_second_derivatives_are_refused() -> None:
+    x = torch.randn(4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(fake_quantize(x, torch.tensor(0.5), -8, 7).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        gradient.sum().backward()
+
+
+def test_compiles_once_for_all_sizes() -> None:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(lambda x, s: fake_quantize(x, s, -8, 7), backend='aot_eager')
+    scale = torch.full((6,), 0.5, requires_grad=True)
+    for rows in range(20, 32):
+        x = torch.randn(rows, 6, requires_grad=True)
+        y = compiled(x, scale)
+        y.sum().backward()
+        assert torch.equal(y, fake_quantize(x, scale, -8, 7))
+    # One for the first size, one for any.
+    assert counters['stats']['unique_graphs'] <= 2

@@ -64,16 +64,35 @@ def test_a_few_rows_at_a_time_are_all_rows_at_once(own, qmin, qmax, contiguous, 
     scale = torch.rand(own, generator=generator) + 0.5
     grid = Grid(scale, qmin, qmax, torch.rand(own, generator=generator), 0.3)
     results = []
-    # 2 rows of 5 have codes for 5 bytes, the last row for two and a half; one element is less than a row.
+    # Two rows at a time, the last alone; one element is less than a row.
     for together in (1 << 18, 10, 1):
         monkeypatch.setattr('gplq.kept._TOGETHER', together)
         kept, values = keep(x, grid, torch.bfloat16)
         assert torch.equal(restore(kept, grid, torch.bfloat16), values)
-        results.append((values, *gradients(kept, upstream, grid, torch.float32)))
+        results.append((*kept, values, *gradients(kept, upstream, grid, torch.float32)))
     for few in results[1:]:
         for found, expected in zip(few, results[0], strict=True):
+            # Codes and errors as well: what is kept by a forward may be read by a backward that runs otherwise.
             assert found.dtype == expected.dtype
-            assert torch.allclose(found, expected, rtol=1e-5, atol=1e-4)
+            assert torch.allclose(found.float(), expected.float(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(('elements', 'calls'), [(1 << 18, 1), (10, 4), (1, 7)])
+def test_a_cpu_rounds_as_many_rows_as_fit(elements: int, calls: int, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr('gplq.kept._TOGETHER', elements)
+    monkeypatch.setattr('gplq.kept.steps_of', lambda x, grid: seen.append(x.shape) or x / grid.scale)
+    keep(torch.randn(7, 5), Grid(torch.tensor(0.5), -8, 7), torch.float32)
+    assert len(seen) == calls
+    assert sum(shape[0] for shape in seen) == 7
+
+
+def test_memory_order_is_that_of_the_input() -> None:
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    grid = Grid(torch.tensor(0.5), -8, 7)
+    kept, values = keep(x, grid, torch.bfloat16)
+    found = values, restore(kept, grid, torch.float32), gradients(kept, x, grid, torch.float32)[0]
+    assert {y.stride() for y in found} == {x.stride()}
 
 
 def test_no_rows_and_no_dimensions() -> None:

@@ -57,3 +57,35 @@ def test_keeps_a_byte_and_a_half_a_value() -> None:
         quantized_linear(x, weight, None, Grid(torch.tensor(0.3, requires_grad=True), -8, 7))
     parameters = {weight.data_ptr()}
     assert sum(t.numel() * t.element_size() for t in kept if t.data_ptr() not in parameters) == 8 * 32 * 1.5 + 4
+
+
+@pytest.mark.parametrize('trained', ['x', 'weight', 'bias', 'scale', 'offset'])
+def test_each_gradient_comes_without_the_others(trained, written_out_lsq) -> None:
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    given = {
+        'x': torch.randn(5, 6, generator=generator),
+        'weight': torch.randn(4, 6, generator=generator),
+        'bias': torch.randn(4, generator=generator),
+        'scale': torch.full((6,), 0.1),
+        'offset': torch.rand(6, generator=generator),
+    }
+    for fused in (True, False):
+        leaves = {name: x.clone().requires_grad_(name == trained) for name, x in given.items()}
+        grid = Grid(leaves['scale'], -8, 7, leaves['offset'])
+        if fused:
+            y = quantized_linear(leaves['x'], leaves['weight'], leaves['bias'], grid)
+        else:
+            y = F.linear(written_out_lsq(leaves['x'], grid), leaves['weight'], leaves['bias'])
+        y.square().sum().backward()
+        results.append(leaves)
+    mine, theirs = results
+    assert float(theirs[trained].grad.abs().max()) > 0
+    assert torch.allclose(mine[trained].grad, theirs[trained].grad, rtol=0.01)
+    assert all(leaf.grad is None for name, leaf in mine.items() if name != trained)
+
+
+def test_autocast_leaves_double_precision_alone() -> None:
+    x, weight = torch.randn(3, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert quantized_linear(x, weight, None, Grid(torch.tensor(0.1), -8, 7)).dtype == F.linear(x, weight).dtype

@@ -74,18 +74,47 @@ def test_keeps_a_byte_and_a_half_a_value() -> None:
     assert sum(t.numel() * t.element_size() for t in kept) == (left.numel() + right.numel()) * 1.5 + 2 * 4
 
 
-@pytest.mark.parametrize(
-    ('left', 'right'),
-    [((2, 3, 4, 5), (2, 3, 5, 4)), ((2, 3, 4, 5), (3, 5, 4)), ((2, 1, 4, 5), (2, 3, 5, 4)), ((4, 5), (5,))],
-)
-def test_a_product_of_any_shapes_is_that_of_its_quantized_operands(left, right) -> None:
-    generator = torch.Generator().manual_seed(0)
-    operands = [torch.randn(shape, generator=generator) for shape in (left, right)]
+@pytest.fixture
+def product() -> QuantizedProduct:
+    """Both operands at 4 bits, settled."""
     quantizers = []
     for scale in (0.3, 0.4):
         quantizer = Quantizer(QuantizerSpec(4), ())
         quantizer.initialize(torch.tensor(scale), None, signed=True, elements=1)
         quantizers.append(quantizer)
-    product = QuantizedProduct(0, ('left', 'right'), (quantizers[0], quantizers[1]))
-    expected = torch.matmul(*(q(x) for q, x in zip(quantizers, operands, strict=True)))
-    assert torch.equal(product(*operands, torch.matmul), expected)
+    return QuantizedProduct(0, ('left', 'right'), (quantizers[0], quantizers[1]))
+
+
+@pytest.mark.parametrize(
+    ('left', 'right'),
+    [((2, 3, 4, 5), (2, 3, 5, 4)), ((2, 3, 4, 5), (3, 5, 4)), ((2, 1, 4, 5), (2, 3, 5, 4)), ((4, 5), (5,))],
+)
+def test_a_product_of_any_shapes_is_that_of_its_quantized_operands(product, left, right) -> None:
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(shape, generator=generator) for shape in (left, right)]
+    results = []
+    for run in (
+        lambda *x: product(*x, torch.matmul),
+        lambda *x: torch.matmul(*(q(y) for q, y in zip(product.operands, x, strict=True))),
+    ):
+        operands = [x.clone().requires_grad_() for x in given]
+        y = run(*operands)
+        y.square().sum().backward()
+        results.append((y, *(x.grad for x in operands)))
+    for found, expected in zip(*results, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_keeps_codes(product) -> None:
+    operands = torch.randn(2, 8, 16, requires_grad=True), torch.randn(2, 16, 4, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        product(*operands, torch.matmul)
+    assert {t.dtype for t in kept if t.numel() > 1} == {torch.uint8}
+
+
+def test_another_multiplication_is_left_to_the_caller(product) -> None:
+    left, right = torch.randn(2, 4, 5), torch.randn(2, 6, 5)
+    first, second = product.operands
+    found = product(left, right, lambda x, y: torch.einsum('bik,bjk->bij', x, y))
+    assert torch.equal(found, torch.einsum('bik,bjk->bij', first(left), second(right)))
