@@ -89,7 +89,7 @@ class _QuantizedAttention(torch.autograd.Function):
         restored = []
         for x, own, (qmin, qmax, _) in zip((query, key, value), scales, grids, strict=False):
             of_x, values = keep(x, Grid(own, qmin, qmax), dtype)
-            kept += of_x
+            kept.extend(of_x)
             restored.append(values)
         ctx.save_for_backward(*kept, *scales, scale, mask, index)
         ctx.grids, ctx.dtype, ctx.given = grids, dtype, (query.dtype, key.dtype, value.dtype)
