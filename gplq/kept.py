@@ -86,10 +86,10 @@ def gradients(kept: Kept, gradient: Tensor, grid: Grid, dtype: torch.dtype) -> t
         if own.offset is not None:
             bound.add_(own.offset)
         slope = bound.mul_(stopped).addcmul_(passed, errors.sub_(_NO_ERROR), value=1 / _ERROR_STEPS)
-        _rows_of(to_scale, part, errors.dim()).add_(slope.sum_to_size(own.scale.shape), alpha=grid.factor)
+        _rows_of(to_scale, part.rows, errors.dim()).add_(slope.sum_to_size(own.scale.shape), alpha=grid.factor)
         if to_offset is not None and own.offset is not None:
             shift = stopped.mul_(own.scale).sum_to_size(own.offset.shape)
-            _rows_of(to_offset, part, errors.dim()).add_(shift, alpha=grid.factor)
+            _rows_of(to_offset, part.rows, errors.dim()).add_(shift, alpha=grid.factor)
         to_input[part.rows] = passed
     return to_input, to_scale, to_offset
 
@@ -108,19 +108,17 @@ def _parts(x: Tensor, grid: Grid) -> list[_Part]:
     parts = []
     together = max(1, _TOGETHER * len(x) // x.numel())
     for first in range(0, len(x), together):
-        part = _Part(slice(first, first + together), grid)
-        own = grid._replace(
-            scale=_rows_of(grid.scale, part, x.dim()),
-            offset=None if grid.offset is None else _rows_of(grid.offset, part, x.dim()),
-        )
-        parts.append(part._replace(grid=own))
+        rows = slice(first, first + together)
+        scale = _rows_of(grid.scale, rows, x.dim())
+        offset = None if grid.offset is None else _rows_of(grid.offset, rows, x.dim())
+        parts.append(_Part(rows, grid._replace(scale=scale, offset=offset)))
     return parts
 
 
-def _rows_of(parameter: Tensor, part: _Part, dimensions: int) -> Tensor:
+def _rows_of(parameter: Tensor, rows: slice | EllipsisType, dimensions: int) -> Tensor:
     """The rows' own of a scale or offset that broadcasts against a tensor of so many dimensions."""
-    shared = part.rows is ... or parameter.dim() < dimensions or len(parameter) == 1
-    return parameter if shared else parameter[part.rows]
+    shared = rows is ... or parameter.dim() < dimensions or len(parameter) == 1
+    return parameter if shared else parameter[rows]
 
 
 def _inside(x: Tensor, position: Tensor, low: float, high: float) -> Tensor:

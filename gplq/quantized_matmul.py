@@ -14,6 +14,9 @@ from gplq.kept import Kept, gradients, keep, restore
 
 __all__ = ['quantized_matmul']
 
+# Smallest and largest code and LSQ's factor, of left and right.
+_Bounds = tuple[tuple[int, int, float], tuple[int, int, float]]
+
 
 def quantized_matmul(left: Tensor, right: Tensor, grids: tuple[Grid, Grid]) -> Tensor:
     """``matmul(fake_quantize(left), fake_quantize(right))``, values and gradients as if written out.
@@ -32,7 +35,8 @@ def quantized_matmul(left: Tensor, right: Tensor, grids: tuple[Grid, Grid]) -> T
     y: Tensor = _QuantizedMatmul.apply(  # type: ignore[no-untyped-call]
         left,
         right,
-        *(parameter for grid in grids for parameter in (grid.scale, grid.offset)),
+        *(grid.scale for grid in grids),
+        *(grid.offset for grid in grids),
         tuple((grid.qmin, grid.qmax, grid.factor) for grid in grids),
         product_dtype(left),
     )
@@ -46,14 +50,14 @@ class _QuantizedMatmul(torch.autograd.Function):
         left: Tensor,
         right: Tensor,
         left_scale: Tensor,
-        left_offset: Tensor | None,
         right_scale: Tensor,
+        left_offset: Tensor | None,
         right_offset: Tensor | None,
-        bounds: tuple[tuple[int, int, float], tuple[int, int, float]],
+        bounds: _Bounds,
         dtype: torch.dtype,
     ) -> Tensor:
-        parameters = (left_scale, left_offset, right_scale, right_offset)
-        of_left, of_right = _grids(parameters, bounds)
+        parameters = (left_scale, right_scale, left_offset, right_offset)
+        of_left, of_right = _grids(bounds, *parameters)
         # Heads are cut from one tensor by strides; what is dense is rounded, and multiplied, faster.
         kept_left, left_values = keep(left.contiguous(), of_left, dtype)
         kept_right, right_values = keep(right.contiguous(), of_right, dtype)
@@ -67,23 +71,21 @@ class _QuantizedMatmul(torch.autograd.Function):
     def backward(ctx: Any, *arguments: Tensor) -> tuple[Tensor | None, ...]:
         left_codes, left_errors, right_codes, right_errors, *parameters = ctx.saved_tensors
         left, right = Kept(left_codes, left_errors), Kept(right_codes, right_errors)
-        of_left, of_right = _grids(tuple(parameters), ctx.bounds)
+        of_left, of_right = _grids(ctx.bounds, *parameters)
         gradient = arguments[0].to(ctx.dtype)
         with torch.autocast(gradient.device.type, enabled=False):
             incoming = gradient @ restore(right, of_right, ctx.dtype).mT
-            to_left, *to_left_grid = gradients(left, incoming, of_left, ctx.given[0])
+            to_left, to_left_scale, to_left_offset = gradients(left, incoming, of_left, ctx.given[0])
             incoming = restore(left, of_left, ctx.dtype).mT @ gradient
-            to_right, *to_right_grid = gradients(right, incoming, of_right, ctx.given[1])
-        return to_left, to_right, *to_left_grid, *to_right_grid, None, None
+            to_right, to_right_scale, to_right_offset = gradients(right, incoming, of_right, ctx.given[1])
+        return to_left, to_right, to_left_scale, to_right_scale, to_left_offset, to_right_offset, None, None
 
 
 def _grids(
-    parameters: tuple[Tensor | None, ...], bounds: tuple[tuple[int, int, float], tuple[int, int, float]]
+    bounds: _Bounds, left_scale: Tensor, right_scale: Tensor, left_offset: Tensor | None, right_offset: Tensor | None
 ) -> tuple[Grid, Grid]:
-    """Grids of left and right from scale and offset of each in turn."""
-    left, right = (
-        Grid(scale, qmin, qmax, offset, factor)
-        for scale, offset, (qmin, qmax, factor) in zip(parameters[::2], parameters[1::2], bounds, strict=True)
-        if scale is not None
+    (low, high, factor), (right_low, right_high, right_factor) = bounds
+    return (
+        Grid(left_scale, low, high, left_offset, factor),
+        Grid(right_scale, right_low, right_high, right_offset, right_factor),
     )
-    return left, right
