@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,26 +13,14 @@ from torch import Tensor, nn
 from gplq.batches import Forward, bounded
 from gplq.distributed import maximum, total
 from gplq.functional import dequantize, quantize
+from gplq.fused_attention import parts_of_heads
 from gplq.layers import QuantizedLinear
-from gplq.observers import MSEObserver
+from gplq.observers import MinMaxObserver, MSEObserver
 from gplq.products import QuantizedProduct
 from gplq.quantizer import Quantizer
 from gplq.record import product_of, record_of
 
 __all__ = ['equalize_queries_and_keys']
-
-# Enough to see every channel's range; the exactness test does not depend on it.
-_SAMPLES = 16
-
-
-@dataclass
-class _Seen:
-    """One call of an attention module and the operands of its query-key product."""
-
-    arguments: tuple[Any, ...] = ()
-    keywords: dict[str, Any] = field(default_factory=dict)
-    query: Tensor = field(default_factory=lambda: torch.empty(0))
-    key: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 @torch.no_grad()
@@ -43,51 +31,74 @@ def equalize_queries_and_keys(model: nn.Module, batches: Iterable[Any], forward:
     not change, but only where query and key come straight from Linear rows and nothing else reads them: with
     relative positions, a norm or a rotary embedding between, scaling is wrong. Both are tried, not assumed:
     rows are found by sending row numbers through the module, and the module's output must stay the same.
-    A change is kept where it lowers the error of the quantized product.
+    A change is kept where it lowers the error of the quantized product. The first batch decides, for one module
+    after the other while it runs: what they are called with is not kept.
 
     Returns:
         How many attention modules were changed.
     """
-    owners = {
-        p.owner: p.index for p in record_of(model).plan.products if (p.left.site, p.right.site) == ('query', 'key')
-    }
-    seen = _watch(model, owners, batches, forward)
-    return sum(_equalize(model.get_submodule(name), owners[name], call) for name, call in seen.items())
-
-
-def _watch(model: nn.Module, owners: dict[str, int], batches: Iterable[Any], forward: Forward) -> dict[str, _Seen]:
-    """The last call of every owner in a few calibration batches."""
-    seen = {name: _Seen() for name in owners}
-    handles = []
-    for name, index in owners.items():
-        owner = model.get_submodule(name)
-        handles.append(owner.register_forward_pre_hook(_Arguments(seen[name]), with_kwargs=True))
-        product_of(owner, index).watcher = _Operands(seen[name])
-    try:
-        for batch in itertools.islice(bounded(batches, _SAMPLES), _SAMPLES):
+    visits = []
+    with ExitStack() as stack:
+        for plan in record_of(model).plan.products:
+            if (plan.left.site, plan.right.site) == ('query', 'key'):
+                owner = model.get_submodule(plan.owner)
+                visit = _Visit(stack.enter_context(_operands(product_of(owner, plan.index))))
+                visits.append(visit)
+                stack.callback(owner.register_forward_hook(visit, with_kwargs=True).remove)
+        for batch in bounded(batches, 1):
             forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, index in owners.items():
-            product_of(model.get_submodule(name), index).watcher = None
-    return {name: call for name, call in seen.items() if call.query.numel()}
-
-
-class _Arguments:
-    def __init__(self, seen: _Seen) -> None:
-        self.seen = seen
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.seen.arguments, self.seen.keywords = args, kwargs
+    return sum(visit.changed for visit in visits)
 
 
 class _Operands:
-    def __init__(self, seen: _Seen) -> None:
-        self.seen = seen
+    """The operands of a query-key product as they last came."""
 
-    def __call__(self, query: Tensor, key: Tensor, product: Tensor) -> None:
-        self.seen.query, self.seen.key = query, key.transpose(-2, -1)
+    def __init__(self, product: QuantizedProduct) -> None:
+        self.quantizers = product.operands
+        self.query = self.key = torch.empty(0)
+
+    def take_query(self, quantizer: nn.Module, args: tuple[Tensor]) -> None:
+        self.query = args[0]
+
+    def take_key(self, quantizer: nn.Module, args: tuple[Tensor]) -> None:
+        self.key = args[0].transpose(-2, -1)
+
+
+class _Onlooker(MinMaxObserver):
+    """Has a product show its operands, and learns nothing from them."""
+
+    def observe(self, groups: Tensor) -> None:
+        pass
+
+
+@contextmanager
+def _operands(product: QuantizedProduct) -> Iterator[_Operands]:
+    """What a product multiplies from now on."""
+    operands = _Operands(product)
+    query, key = product.operands
+    handles = [query.register_forward_pre_hook(operands.take_query), key.register_forward_pre_hook(operands.take_key)]
+    query.observer, key.observer = _Onlooker(), _Onlooker()
+    try:
+        yield operands
+    finally:
+        query.observer = key.observer = None
+        for handle in handles:
+            handle.remove()
+
+
+class _Visit:
+    """Evens out an attention module as its first call ends."""
+
+    def __init__(self, operands: _Operands) -> None:
+        self.operands = operands
+        self.done = self.changed = False
+
+    def __call__(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.done or not self.operands.query.numel():
+            return
+        self.done = True
+        self.changed = _equalize(owner, self.operands, lambda: owner(*args, **kwargs), _first(output))
+        self.operands.query = self.operands.key = torch.empty(0)
 
 
 class _RowNumbers:
@@ -101,28 +112,27 @@ class _RowNumbers:
         return rows.expand(output.shape).clone()
 
 
-def _equalize(owner: nn.Module, index: int, seen: _Seen) -> bool:
-    product = product_of(owner, index)
-    rows = _rows(owner, product, seen)
+def _equalize(owner: nn.Module, operands: _Operands, call: Callable[[], Any], expected: Tensor) -> bool:
+    query, key = operands.query, operands.key
+    rows = _rows(owner, operands, call)
     if rows is None:
         return False
     layers, query_rows, key_rows = rows
-    quantizers = product.operands
-    largest_query = maximum(_largest(quantizers[0], seen.query))
-    largest_key = maximum(_largest(quantizers[1], seen.key))
+    quantizers = operands.quantizers
+    largest_query = maximum(_largest(quantizers[0], query))
+    largest_key = maximum(_largest(quantizers[1], key))
     if not largest_query.shape == query_rows.shape == largest_key.shape == key_rows.shape:
         return False
     factor = (largest_key / largest_query).sqrt()
     factor = torch.where(factor.isfinite() & (factor > 0), factor, torch.ones_like(factor))
-    before = _error(quantizers, seen.query, seen.key)
-    after = _error(quantizers, *_scaled(quantizers[0], seen, factor))
+    before = _error(quantizers, query, key)
+    after = _error(quantizers, *_scaled(quantizers, query, key, factor))
     if float(total(after - before)) >= 0:
         return False
-    expected = _first(owner(*seen.arguments, **seen.keywords))
     kept = [(layer.weight.clone(), None if layer.bias is None else layer.bias.clone()) for layer in layers]
     _scale_rows(layers, query_rows, factor)
     _scale_rows(layers, key_rows, 1 / factor)
-    found = _first(owner(*seen.arguments, **seen.keywords))
+    found = _first(call())
     if float(maximum((found - expected).abs().max() - 1e-4 * expected.abs().max())) <= 0:
         return True
     for layer, (weight, bias) in zip(layers, kept, strict=True):
@@ -133,7 +143,7 @@ def _equalize(owner: nn.Module, index: int, seen: _Seen) -> bool:
 
 
 def _rows(
-    owner: nn.Module, product: QuantizedProduct, seen: _Seen
+    owner: nn.Module, operands: _Operands, call: Callable[[], Any]
 ) -> tuple[list[QuantizedLinear], Tensor, Tensor] | None:
     """The Linears in question and, as ``(heads, 1, channels)``, the row that each query and key channel is."""
     layers = [child for child in owner.children() if isinstance(child, QuantizedLinear)]
@@ -142,17 +152,13 @@ def _rows(
     firsts = list(itertools.accumulate((layer.out_features for layer in layers), initial=1))
     # Counted from 1, so that a factor on the query (1 / sqrt(d)) shows in every number.
     handles = [layer.register_forward_hook(_RowNumbers(first)) for layer, first in zip(layers, firsts, strict=False)]
-    numbers = _Seen()
-    kept, product.watcher = product.watcher, _Operands(numbers)
     try:
-        owner(*seen.arguments, **seen.keywords)
+        call()
     finally:
-        product.watcher = kept
         for handle in handles:
             handle.remove()
-    quantizers = product.operands
-    query = _constant(quantizers[0], numbers.query, firsts[-1])
-    key = _constant(quantizers[1], numbers.key, firsts[-1])
+    query = _constant(operands.quantizers[0], operands.query, firsts[-1])
+    key = _constant(operands.quantizers[1], operands.key, firsts[-1])
     return None if query is None or key is None else (layers, query, key)
 
 
@@ -180,9 +186,11 @@ def _largest(quantizer: Quantizer, x: Tensor) -> Tensor:
     return x.amax(dim=(0, 2))[:, None, :] if x.dim() == 4 else x.new_zeros(0)
 
 
-def _scaled(quantizer: Quantizer, seen: _Seen, factor: Tensor) -> tuple[Tensor, Tensor]:
-    query = (quantizer.split_heads(seen.query) * factor).reshape(seen.query.shape)
-    key = (quantizer.split_heads(seen.key) / factor).reshape(seen.key.shape)
+def _scaled(
+    quantizers: tuple[Quantizer, Quantizer], query: Tensor, key: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor]:
+    query = (quantizers[0].split_heads(query) * factor).reshape(query.shape)
+    key = (quantizers[1].split_heads(key) / factor).reshape(key.shape)
     return query, key
 
 
@@ -196,8 +204,14 @@ def _error(quantizers: tuple[Quantizer, Quantizer], query: Tensor, key: Tensor) 
         split, scale = quantizer.split_heads(x), scale.reshape(quantizer.shape)
         spec = quantizer.spec
         rounded.append(dequantize(quantize(split, scale, spec.qmin, spec.qmax), scale).reshape(x.shape))
-    wrong = rounded[0] @ rounded[1].transpose(-2, -1) - query @ key.transpose(-2, -1)
-    return wrong.square().mean()
+    query, key, near_query, near_key = (x.flatten(0, -3) for x in (query, key, *rounded))
+    wrong = torch.zeros((), device=query.device)
+    # An attention may be running around this one: its mode must not take these products for its own.
+    with torch._C.DisableTorchFunction():
+        for part in parts_of_heads(query, key):
+            exact = query[part] @ key[part].mT
+            wrong += (near_query[part] @ near_key[part].mT - exact).square_().sum()
+    return wrong / (query.shape[0] * query.shape[1] * key.shape[1])
 
 
 def _scale_rows(layers: list[QuantizedLinear], rows: Tensor, factor: Tensor) -> None:

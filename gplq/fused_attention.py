@@ -12,7 +12,7 @@ from gplq.autocast import product_dtype
 from gplq.grid import Grid
 from gplq.kept import Kept, gradients, keep, restore
 
-__all__ = ['quantized_attention']
+__all__ = ['parts_of_heads', 'quantized_attention']
 
 # Elements of the attention map that are worked on at once: small enough to stay in a CPU's cache, and many enough
 # small heads to fill a GPU.
@@ -98,7 +98,7 @@ class _QuantizedAttention(torch.autograd.Function):
         y = value.new_empty(*query.shape[:-1], value.shape[-1])
         with torch.autocast(query.device.type, enabled=False):
             blocked = _blocked(mask)
-            for part in _parts(query, key):
+            for part in parts_of_heads(query, key):
                 seen = _picked(mask, index, part), _picked(blocked, index, part)
                 attention = _attention(query[part], key[part], *seen)
                 codes = attention.div_(scale[part]).round_().clamp_(*bounds)
@@ -123,7 +123,7 @@ class _QuantizedAttention(torch.autograd.Function):
         bounds, factor = ctx.grids[3][:2], ctx.grids[3][2]
         with torch.autocast(query.device.type, enabled=False):
             blocked = _blocked(mask)
-            for part in _parts(query, key):
+            for part in parts_of_heads(query, key):
                 seen = _picked(mask, index, part), _picked(blocked, index, part)
                 attention = _attention(query[part], key[part], *seen)
                 steps = attention / scale[part]
@@ -149,8 +149,8 @@ class _QuantizedAttention(torch.autograd.Function):
         return *to_operands, *to_scales, to_scale * factor, to_mask, None, None, None
 
 
-def _parts(query: Tensor, key: Tensor) -> list[slice]:
-    """Slices of heads whose attention maps are worked on together."""
+def parts_of_heads(query: Tensor, key: Tensor) -> list[slice]:
+    """Slices of heads whose attention maps are worked on together; shapes ``(heads, n, d)`` and ``(heads, m, d)``."""
     each = max(1, query.shape[1] * key.shape[1])
     count = max(1, _CHUNK.get(query.device.type, 1 << 22) // each)
     return [slice(start, start + count) for start in range(0, query.shape[0], count)]

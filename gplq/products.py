@@ -22,6 +22,8 @@ __all__ = ['ProductOwner', 'QuantizedProduct', 'product_operands', 'scaled_dot_p
 _MATMULS = frozenset(
     {torch.matmul, torch.linalg.matmul, torch.bmm, torch.mm} | {Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm}
 )
+# Elements of an attention map that are observed at once.
+_OBSERVED = 1 << 22
 
 
 def product_operands(
@@ -123,6 +125,11 @@ class QuantizedProduct(nn.Module):
     def settled(self) -> bool:
         """Whether both operands are quantized and nobody looks on."""
         return self.watcher is None and all(q.settled for q in self.operands)
+
+    @property
+    def observing(self) -> bool:
+        """Whether both operands are observed, and so left as they are, and nobody looks on."""
+        return self.watcher is None and all(q.observer is not None for q in self.operands)
 
     def forward(self, left: Tensor, right: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         quantize_left, quantize_right = self.operands
@@ -232,11 +239,13 @@ class _ProductMode(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Any:
         query_key, attention_value = self._next(), self._next()
-        if query_key is not None and attention_value is not None:
-            settled = query_key.settled and attention_value.settled
-            additive = attn_mask is None or attn_mask.is_floating_point()
-            if settled and additive and dropout_p == 0 and not is_causal and not enable_gqa:
+        additive = attn_mask is None or attn_mask.is_floating_point()
+        if additive and dropout_p == 0 and not is_causal and not enable_gqa:
+            active = [product for product in (query_key, attention_value) if product is not None]
+            if query_key is not None and attention_value is not None and all(p.settled for p in active):
                 return _fused(query_key, attention_value, query, key, value, attn_mask, scale)
+            if active and all(product.observing for product in active):
+                return _observed(query_key, attention_value, query, key, value, attn_mask, scale)
         options: dict[str, Any] = dict(
             attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -258,6 +267,47 @@ def _multiplier(product: QuantizedProduct | None) -> Callable[[Tensor, Tensor], 
     if product is None:
         return torch.matmul
     return lambda left, right: product(left, right, torch.matmul)
+
+
+def _observed(
+    query_key: QuantizedProduct | None,
+    attention_value: QuantizedProduct | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """A softmax with no more than an additive mask whose operands are observed, the attention map in parts.
+
+    Written out whole, the map of a large image takes more memory than all that training keeps.
+    """
+    if query_key is not None:
+        see_query, see_key = query_key.operands
+        see_query(query * (query.shape[-1] ** -0.5 if scale is None else scale))
+        see_key(key.transpose(-2, -1))
+    see_map: nn.Module = nn.Identity()
+    if attention_value is not None:
+        see_map, see_value = attention_value.operands
+        see_value(value)
+    lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])  # type: ignore[no-untyped-call]
+    together = max(1, _OBSERVED // max(1, lead.numel() * key.shape[-2]))
+    outputs: list[Tensor] = []
+    for first in range(0, query.shape[-2], together):
+        rows = slice(first, first + together)
+        masked = mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :]
+        outputs.append(
+            scaled_dot_product_parts(
+                torch.matmul,
+                lambda attention, value: see_map(attention) @ value,
+                query[..., rows, :],
+                key,
+                value,
+                masked,
+                scale=scale,
+            )
+        )
+    return torch.cat(outputs, dim=-2)
 
 
 def _fused(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gplq
 from gplq.errors import CheckpointError
@@ -83,3 +86,70 @@ def test_a_site_never_reached_leaves_the_quantizers_alone(toy_vit: Make, images:
         gplq.calibrate(model, [images], forward=lambda m, batch: m.patch_embed(batch))
     assert not any(q.enabled for _, q in named_quantizers(model))
     assert torch.equal(model(images), toy_vit(depth=1)(images))
+
+
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_no_attention_map_is_written_out_whole(toy_vit: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be larger than all that training keeps, where fused attention never holds it."""
+    monkeypatch.setattr('gplq.products._OBSERVED', 1 << 14)
+    monkeypatch.setattr('gplq.fused_attention._CHUNK', {'cpu': 1 << 14})
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model = toy_vit(fused=True)
+    with torch.no_grad():
+        # Queries that it pays to even out with their keys.
+        model.blocks[0].attn.qkv.weight[1] *= 32  # type: ignore[index, union-attr]
+    gplq.prepare(model, gplq.Recipe.gplq(calibration_samples=2), images)
+    with _Largest() as largest:
+        gplq.calibrate(model, [images])
+    # 256 tokens: the map of one head is the least that is evened out at once.
+    assert largest.elements <= 256 * 256
+
+
+class Masked(nn.Module):
+    """Self-attention of two heads with an additive mask."""
+
+    def __init__(self, mask: Tensor | None) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=0.7)
+        return y.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize('shape', [None, (7, 7), (3, 1, 7, 7), (1, 7)], ids=str)
+def test_a_map_in_parts_calibrates_as_the_whole(shape: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 8)
+    mask = None if shape is None else torch.randn(shape)
+    reference = nn.Sequential(Masked(mask), nn.Linear(8, 8)).eval()
+    recipe = gplq.Recipe.gplq(product_observer='min_max', equalize=False)
+    found = []
+    for together in (1 << 22, 100):
+        monkeypatch.setattr('gplq.products._OBSERVED', together)
+        model = nn.Sequential(Masked(mask), nn.Linear(8, 8)).eval()
+        model.load_state_dict(reference.state_dict())
+        gplq.prepare(model, recipe, x)
+        outputs: list[Tensor] = []
+        gplq.calibrate(model, [x], forward=lambda m, batch, kept=outputs: kept.append(m(batch)))  # type: ignore[misc]
+        found.append((outputs[-1], model.state_dict()))
+    (whole, expected), (parts, state) = found
+    assert torch.allclose(whole, reference(x), atol=1e-5)
+    assert torch.allclose(parts, whole, atol=1e-6)
+    assert expected.keys() == state.keys()
+    assert all(torch.allclose(state[name], value, atol=1e-6) for name, value in expected.items())
