@@ -486,7 +486,8 @@ def test_every_multiplication_is_in_the_summary(name: str) -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(images)
     plan = gplq.prepare(model, 'w4a4', images)
-    rows = (*plan.maps, *plan.products, *plan.floating)
+    # Torch counts matrix products and convolutions; MobileViTv2 weights values one by one.
+    rows = (*plan.maps, *plan.products, *(row for row in plan.floating if row.what != 'mul'))
     assert 2 * sum(row.multiplications for row in rows) == counter.get_total_flops()
 
 
