@@ -14,8 +14,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,15 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
-from torch import nn
 
-from gplq import calibrate, prepare
-from gplq.activation_stage import ActivationStage, parameter_groups
+from gplq.activation_stage import parameter_groups
 from gplq.errors import GPLQError
-from gplq.independent_copy import independent_copy
-from gplq.mimicking import FeatureTap, Mimicking, fit_mimicking_loss
 from gplq.plugins.campaign import check_hook
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
-from gplq.plugins.hooks.data import calibration_loader
+from gplq.plugins.hooks import ActivationQATHook
 from gplq.plugins.hooks.loss_term import LossTerm
-from gplq.plugins.hooks.model import PartForward, blank_forward, part_of, preprocess
 from gplq.plugins.hooks.settings import HookSettings
+from gplq.plugins.hooks.teacher import make_mimicking
 from gplq.plugins.preflight import preflight
 from gplq.plugins.results import ResultRow, append_row, commit, file_sha256, measure, repeat_command, versions
 
@@ -62,19 +59,19 @@ def step_of(cfg: Config, method: str) -> Iterator[Callable[[Any], None]]:
     runner = Runner.from_cfg(cfg)
     runner.load_checkpoint(cfg.load_from)
     model = runner.model
-    settings = HookSettings.from_config(**{k: v for k, v in cfg.gplq_settings.items() if k != 'type'})
-    stage = settings.stage if method == 'gplq' else ActivationStage()
     groups: list[dict[str, Any]] = [{'params': list(model.parameters())}]
     with ExitStack() as stack:
         if method == 'gplq':
-            loader = calibration_loader(runner, settings, 8)
-            if stage.mimicking_weight:
-                mimicking = fit_mimicking(model, settings, loader)
+            hook = ActivationQATHook(**{k: v for k, v in cfg.gplq_settings.items() if k != 'type'})
+            settings = hook.settings = _of_a_batch(hook.settings, cfg.train_dataloader.batch_size)
+            hook.prepare(runner, model)
+            if settings.stage.mimicking_weight:
+                images = hook.loader(runner, settings.stage.pca_samples)
+                mimicking = make_mimicking(runner, settings, images)
                 stack.enter_context(mimicking.attached())
                 model.register_forward_hook(LossTerm('loss_mimicking', lambda *_: mimicking()), with_kwargs=True)
-            prepare(model, settings.recipe, forward=blank_forward(model, settings))
-            calibrate(model, loader, forward=PartForward(settings.part))
-            groups = parameter_groups(model, stage, settings.iterations)
+            hook.calibrate(runner, model)
+            groups = parameter_groups(model, settings.stage, settings.iterations)
         wrapper = runner.build_optim_wrapper(cfg.optim_wrapper)
         wrapper.optimizer = torch.optim.AdamW(groups, lr=5e-6)
         wrapper.initialize_count_status(model, 0, 10**6)
@@ -86,13 +83,10 @@ def step_of(cfg: Config, method: str) -> Iterator[Callable[[Any], None]]:
         yield step
 
 
-def fit_mimicking(model: nn.Module, settings: HookSettings, loader: Iterable[Any]) -> Mimicking:
-    """The feature loss, its teacher a copy of the part as it is."""
-    part = part_of(model, settings)
-    teacher = independent_copy(part)
-    tap = FeatureTap(teacher, '', 'output')
-    loss = fit_mimicking_loss(teacher, tap, loader, lambda t, b: t(preprocess(model, b)['inputs']))
-    return Mimicking(part, teacher, loss, settings.stage.mimicking_weight)
+def _of_a_batch(settings: HookSettings, images: int) -> HookSettings:
+    """With so many images for calibration and PCA, whose memory grows with a batch and hardly with their number."""
+    recipe = replace(settings.recipe, calibration_samples=images)
+    return replace(settings, recipe=recipe, stage=replace(settings.stage, pca_samples=images))
 
 
 def batches(cfg: Config, count: int) -> list[Any]:
