@@ -127,7 +127,7 @@ def _equalize(owner: nn.Module, operands: _Operands, call: Callable[[], Any], ex
     factor = torch.where(factor.isfinite() & (factor > 0), factor, torch.ones_like(factor))
     before = _error(quantizers, query, key)
     after = _error(quantizers, *_scaled(quantizers, query, key, factor))
-    if float(total(after - before)) >= 0:
+    if after >= before:
         return False
     kept = [(layer.weight.clone(), None if layer.bias is None else layer.bias.clone()) for layer in layers]
     _scale_rows(layers, query_rows, factor)
@@ -194,12 +194,13 @@ def _scaled(
     return query, key
 
 
-def _error(quantizers: tuple[Quantizer, Quantizer], query: Tensor, key: Tensor) -> Tensor:
-    """Mean squared error of the product with both sides quantized at their best scale."""
+def _error(quantizers: tuple[Quantizer, Quantizer], query: Tensor, key: Tensor) -> float:
+    """Squared error, over all ranks, of the product with both sides quantized at their best scale."""
     rounded = []
     for quantizer, x in zip(quantizers, (query, key), strict=True):
         observer = MSEObserver()
         observer.observe(quantizer.groups(x))
+        observer.pool(quantizer.log_scale.numel(), x.device)
         scale, _ = observer.propose(quantizer.spec)
         split, scale = quantizer.split_heads(x), scale.reshape(quantizer.shape)
         spec = quantizer.spec
@@ -211,7 +212,7 @@ def _error(quantizers: tuple[Quantizer, Quantizer], query: Tensor, key: Tensor) 
         for part in parts_of_heads(query, key):
             exact = query[part] @ key[part].mT
             wrong += (near_query[part] @ near_key[part].mT - exact).square_().sum()
-    return wrong / (query.shape[0] * query.shape[1] * key.shape[1])
+    return float(total(wrong))
 
 
 def _scale_rows(layers: list[QuantizedLinear], rows: Tensor, factor: Tensor) -> None:
