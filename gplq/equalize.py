@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,23 +31,23 @@ def equalize_queries_and_keys(model: nn.Module, batches: Iterable[Any], forward:
     not change, but only where query and key come straight from Linear rows and nothing else reads them: with
     relative positions, a norm or a rotary embedding between, scaling is wrong. Both are tried, not assumed:
     rows are found by sending row numbers through the module, and the module's output must stay the same.
-    A change is kept where it lowers the error of the quantized product. The first batch decides, for one module
-    after the other while it runs: what they are called with is not kept.
+    A change is kept where it lowers the error of the quantized product on the first batch. That runs once for each
+    attention module: only one module's operands are kept at a time.
 
     Returns:
         How many attention modules were changed.
     """
-    visits = []
-    with ExitStack() as stack:
-        for plan in record_of(model).plan.products:
-            if (plan.left.site, plan.right.site) == ('query', 'key'):
-                owner = model.get_submodule(plan.owner)
-                visit = _Visit(stack.enter_context(_operands(product_of(owner, plan.index))))
-                visits.append(visit)
-                stack.callback(owner.register_forward_hook(visit, with_kwargs=True).remove)
-        for batch in bounded(batches, 1):
-            forward(model, batch)
-    return sum(visit.changed for visit in visits)
+    owners = {
+        p.owner: p.index for p in record_of(model).plan.products if (p.left.site, p.right.site) == ('query', 'key')
+    }
+    batch = next(iter(bounded(batches, 1)))
+    changed = 0
+    for name, index in owners.items():
+        owner = model.get_submodule(name)
+        with _operands(product_of(owner, index)) as operands:
+            call = _last_call(owner, lambda: forward(model, batch))
+            changed += call is not None and _equalize(owner, operands, call)
+    return changed
 
 
 class _Operands:
@@ -86,19 +86,19 @@ def _operands(product: QuantizedProduct) -> Iterator[_Operands]:
             handle.remove()
 
 
-class _Visit:
-    """Evens out an attention module as its first call ends."""
+def _last_call(owner: nn.Module, run: Callable[[], Any]) -> Callable[[], Any] | None:
+    """Calls ``owner`` again as ``run`` last did; None if it did not."""
+    calls: list[tuple[Any, Any]] = []
 
-    def __init__(self, operands: _Operands) -> None:
-        self.operands = operands
-        self.done = self.changed = False
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls[:] = [(args, kwargs)]
 
-    def __call__(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.done or not self.operands.query.numel():
-            return
-        self.done = True
-        self.changed = _equalize(owner, self.operands, lambda: owner(*args, **kwargs), _first(output))
-        self.operands.query = self.operands.key = torch.empty(0)
+    handle = owner.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        run()
+    finally:
+        handle.remove()
+    return (lambda: owner(*calls[0][0], **calls[0][1])) if calls else None
 
 
 class _RowNumbers:
@@ -112,7 +112,7 @@ class _RowNumbers:
         return rows.expand(output.shape).clone()
 
 
-def _equalize(owner: nn.Module, operands: _Operands, call: Callable[[], Any], expected: Tensor) -> bool:
+def _equalize(owner: nn.Module, operands: _Operands, call: Callable[[], Any]) -> bool:
     query, key = operands.query, operands.key
     rows = _rows(owner, operands, call)
     if rows is None:
@@ -129,6 +129,7 @@ def _equalize(owner: nn.Module, operands: _Operands, call: Callable[[], Any], ex
     after = _error(quantizers, *_scaled(quantizers, query, key, factor))
     if after >= before:
         return False
+    expected = _first(call())
     kept = [(layer.weight.clone(), None if layer.bias is None else layer.bias.clone()) for layer in layers]
     _scale_rows(layers, query_rows, factor)
     _scale_rows(layers, key_rows, 1 / factor)
@@ -205,13 +206,16 @@ def _error(quantizers: tuple[Quantizer, Quantizer], query: Tensor, key: Tensor) 
         split, scale = quantizer.split_heads(x), scale.reshape(quantizer.shape)
         spec = quantizer.spec
         rounded.append(dequantize(quantize(split, scale, spec.qmin, spec.qmax), scale).reshape(x.shape))
-    query, key, near_query, near_key = (x.flatten(0, -3) for x in (query, key, *rounded))
+    # Images may share their keys, as in attention to one text.
+    lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])  # type: ignore[no-untyped-call]
+    queries, keys = (
+        [x.expand(*lead, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in pair]
+        for pair in ((query, rounded[0]), (key, rounded[1]))
+    )
     wrong = torch.zeros((), device=query.device)
-    # An attention may be running around this one: its mode must not take these products for its own.
-    with torch._C.DisableTorchFunction():
-        for part in parts_of_heads(query, key):
-            exact = query[part] @ key[part].mT
-            wrong += (near_query[part] @ near_key[part].mT - exact).square_().sum()
+    for part in parts_of_heads(queries[0], keys[0]):
+        exact, found = (q[part] @ k[part].mT for q, k in zip(queries, keys, strict=True))
+        wrong += (found - exact).square_().sum()
     return float(total(wrong))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -291,22 +291,18 @@ def _observed(
         see_map, see_value = attention_value.operands
         see_value(value)
     lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])  # type: ignore[no-untyped-call]
-    together = max(1, _OBSERVED // max(1, lead.numel() * key.shape[-2]))
-    outputs: list[Tensor] = []
-    for first in range(0, query.shape[-2], together):
-        rows = slice(first, first + together)
-        masked = mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :]
-        outputs.append(
-            scaled_dot_product_parts(
-                torch.matmul,
-                lambda attention, value: see_map(attention) @ value,
-                query[..., rows, :],
-                key,
-                value,
-                masked,
-                scale=scale,
-            )
+    tokens = query.shape[-2]
+    # Even parts, since an observer samples as much of each.
+    parts = max(1, min(tokens, -(-tokens * lead.numel() * key.shape[-2] // _OBSERVED)))
+    masks: Sequence[Tensor | None] = [mask] * parts
+    if mask is not None and mask.shape[-2] > 1:
+        masks = torch.tensor_split(mask, parts, dim=-2)
+    outputs = [
+        scaled_dot_product_parts(
+            torch.matmul, lambda attention, value: see_map(attention) @ value, rows, key, value, masked, scale=scale
         )
+        for rows, masked in zip(torch.tensor_split(query, parts, dim=-2), masks, strict=True)
+    ]
     return torch.cat(outputs, dim=-2)
 
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gplq
 from gplq.errors import CheckpointError
+from gplq.observers import MSEObserver
 from gplq.record import Stage, named_quantizers, record_of
 from gplq.serialization import adopt, describe
 
@@ -153,3 +154,20 @@ def test_a_map_in_parts_calibrates_as_the_whole(shape: tuple[int, ...] | None, m
     assert torch.allclose(parts, whole, atol=1e-6)
     assert expected.keys() == state.keys()
     assert all(torch.allclose(state[name], value, atol=1e-6) for name, value in expected.items())
+
+
+def test_parts_of_a_map_are_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An observer samples as much of each: a short remainder would count for far more than its values."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 65, 8)
+    shown: list[int] = []
+    collect = MSEObserver._collect
+    monkeypatch.setattr(
+        MSEObserver, '_collect', lambda self, groups: (shown.append(groups.shape[1]), collect(self, groups))
+    )
+    model = nn.Sequential(Masked(None), nn.Linear(8, 8)).eval()
+    gplq.prepare(model, gplq.Recipe.gplq(equalize=False), x)
+    # Room for 64 of the 65 rows of both heads.
+    monkeypatch.setattr('gplq.products._OBSERVED', 2 * 64 * 65)
+    gplq.calibrate(model, [x])
+    assert {2 * 33 * 65, 2 * 32 * 65} <= set(shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -9,8 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import gplq
+from gplq import equalize
 from gplq.batches import default_forward
 from gplq.equalize import equalize_queries_and_keys
+from gplq.quantizer import Quantizer
+from gplq.record import named_quantizers
+from gplq.spec import QuantizerSpec
 
 
 def unbalanced(model: nn.Module) -> nn.Module:
@@ -89,3 +94,109 @@ def test_refused_with_rotary_embeddings() -> None:
     gplq.prepare(model, 'w4a4', x)
     with torch.no_grad():
         assert equalize_queries_and_keys(model, [x], default_forward) == 0
+
+
+class TwoProducts(nn.Module):
+    """Two attentions in one module; relative positions read the second one's queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(16, 16) for name in ('q1', 'k1', 'v1', 'q2', 'k2', 'v2')})
+        self.position = nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q1, k1, v1, q2, k2, v2 = (layer(x).unflatten(-1, (2, 8)).transpose(1, 2) for layer in self.layers.values())
+        y = (q1 @ k1.transpose(-2, -1)).softmax(-1) @ v1
+        y = y + (q2 @ k2.transpose(-2, -1) + q2 @ self.position.t()).softmax(-1) @ v2
+        return y.transpose(1, 2).flatten(2)
+
+
+class Around(nn.Module):
+    """An attention that another one runs in the midst of its own products."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(-2, -1)).softmax(-1)
+        y: Tensor = scores @ v
+        return self.inner(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize('kind', ['two products', 'nested'])
+def test_modules_with_more_than_one_product(kind: str, toy_vit: Callable[..., nn.Module]) -> None:
+    torch.manual_seed(0)
+    made = TwoProducts() if kind == 'two products' else Around(unbalanced(toy_vit(depth=1)).blocks[0].attn)  # type: ignore[index, union-attr]
+    model = nn.Sequential(made, nn.Linear(16, 16)).eval()
+    x = torch.randn(8, 6, 16)
+    gplq.prepare(model, 'w4a4', x)
+    with torch.no_grad():
+        expected = model(x)
+        changed = equalize_queries_and_keys(model, [x], default_forward)
+        assert torch.allclose(model(x), expected, atol=1e-5)
+    assert changed == (0 if kind == 'two products' else 2)
+
+
+class Text(nn.Module):
+    """Every image looks at one text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        q, k, v = (
+            layer(t).unflatten(-1, (2, 8)).transpose(1, 2)
+            for layer, t in ((self.query, x), (self.key, text), (self.value, text))
+        )
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return y.transpose(1, 2).flatten(2)
+
+
+def test_keys_that_images_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Text().eval()
+    with torch.no_grad():
+        model.query.weight[1] *= 32
+        model.key.weight[1] /= 32
+    batch = {'x': torch.randn(4, 6, 16), 'text': torch.randn(1, 5, 16)}
+    gplq.prepare(model, gplq.Recipe.gplq(), forward=lambda m: m(**batch))
+    # Less than one head's map at once.
+    monkeypatch.setattr('gplq.fused_attention._CHUNK', {'cpu': 1})
+    with torch.no_grad():
+        expected = model(**batch)
+        assert equalize_queries_and_keys(model, [batch], default_forward) == 1
+        assert torch.allclose(model(**batch), expected, atol=1e-5)
+
+
+def test_the_error_in_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    quantizers = tuple(Quantizer(QuantizerSpec(4, signed=True), (2, 1, 1)) for _ in range(2))
+    query, key = torch.randn(3, 2, 6, 8), torch.randn(3, 2, 5, 8)
+    whole = equalize._error(quantizers, query, key)  # type: ignore[arg-type]
+    monkeypatch.setattr('gplq.fused_attention._CHUNK', {'cpu': 1})
+    assert equalize._error(quantizers, query, key) == pytest.approx(whole)  # type: ignore[arg-type]
+    assert whole > 0
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_nothing_is_left_behind(toy_vit: Callable[..., nn.Module], images: Tensor, fails: bool) -> None:
+    model = prepared(unbalanced(toy_vit()), images)
+    before = hooks_of(model)
+
+    def forward(m: nn.Module, batch: Tensor) -> None:
+        m(batch)
+        if fails:
+            raise ValueError('broken')
+
+    with pytest.raises(ValueError, match='broken') if fails else contextlib.nullcontext():
+        equalize_queries_and_keys(model, [images], forward)
+    assert hooks_of(model) == before
+    assert all(quantizer.observer is None for _, quantizer in named_quantizers(model))
