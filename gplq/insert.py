@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gplq.errors import CheckpointError, StageError
-from gplq.layers import DecomposedMultiheadAttention, LinearMap, QuantizedConv2d, QuantizedLinear
+from gplq.layers import DecomposedMultiheadAttention, LinearMap, QuantizedConv2d, QuantizedLinear, RecomputedGELU
 from gplq.plan import MapPlan, OperandPlan, OwnerPlan, Plan
 from gplq.products import ProductOwner, QuantizedProduct
 from gplq.quantizer import Quantizer
@@ -38,6 +38,8 @@ def insert(model: nn.Module, plan: Plan) -> None:
     for owner in plan.owners:
         _insert_owner(model, owner, plan)
     for module in model.modules():
+        if type(module) is nn.GELU:
+            module.__class__ = RecomputedGELU
         if isinstance(module, nn.TransformerEncoderLayer):
             # In inference torch would run the layer as one kernel on the raw weights; this tells it not to.
             module.activation_relu_or_gelu = 0

@@ -167,16 +167,27 @@ class Mimicking:
     @contextmanager
     def attached(self) -> Iterator[Mimicking]:
         """Watch student and teacher until the context ends."""
-        with self._inputs.attached(), self._student.attached(), self._teacher.attached():
-            yield self
+        handle = self._inputs.module.register_forward_pre_hook(self._run_teacher, with_kwargs=True)
+        try:
+            with self._inputs.attached(), self._student.attached(), self._teacher.attached():
+                yield self
+        finally:
+            handle.remove()
 
     def __call__(self) -> Tensor:
-        """Weighted loss of the student's latest forward pass; the teacher runs here."""
-        args, kwargs = self._inputs.arguments
-        with torch.no_grad():
-            self.teacher(*args, **kwargs)
+        """Weighted loss of the student's latest forward pass."""
+        if not self._teacher.features:
+            args, kwargs = self._inputs.arguments
+            with torch.no_grad():
+                self.teacher(*args, **kwargs)
         loss: Tensor = self.loss(self._student.take(), self._teacher.take())
         return self.weight * loss
+
+    def _run_teacher(self, student: nn.Module, args: Any, kwargs: Any) -> None:
+        # Before the student, whose activations are kept: what the teacher needs meanwhile adds nothing to the peak.
+        if student.training and torch.is_grad_enabled():
+            with torch.no_grad():
+                self.teacher(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mimicking:
         # Belongs to the training of one model; copies share it and never copy the teacher.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,35 @@ from gplq.autocast import product_dtype
 from gplq.grid import Grid
 from gplq.kept import Kept, gradients, keep, restore
 
-__all__ = ['quantized_linear']
+__all__ = ['Source', 'quantized_linear', 'source_of']
+
+_ATTRIBUTE = 'gplq_source'
+
+
+class Source(NamedTuple):
+    """What the output of a linear layer was computed from, all of which the layer keeps for its own backward."""
+
+    codes: Tensor
+    errors: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor
+    offset: Tensor | None
+    bounds: tuple[int, int]
+    dtype: torch.dtype
+
+    def output(self) -> Tensor:
+        """The output ``(n, rows)``, to the last bit."""
+        values = restore(Kept(self.codes, self.errors), Grid(self.scale, *self.bounds, self.offset), self.dtype)
+        return _product(values, self.weight, self.bias, self.dtype)
+
+
+def source_of(y: Tensor) -> Source | None:
+    """How :func:`quantized_linear` computed ``y``; None if it did not, or ``y`` was changed since."""
+    if torch.compiler.is_compiling():
+        return None
+    source, version = getattr(y, _ATTRIBUTE, (None, 0))
+    return source if version == y._version else None
 
 
 def quantized_linear(
@@ -38,7 +66,7 @@ def quantized_linear(
         ``(..., rows)``.
     """
     # A matrix, so that the result is no view made inside: callers may add to it in place.
-    y: Tensor = _QuantizedLinear.apply(  # type: ignore[no-untyped-call]
+    y, codes, errors = _QuantizedLinear.apply(  # type: ignore[no-untyped-call]
         x.reshape(-1, x.shape[-1]),
         weight,
         bias,
@@ -48,7 +76,17 @@ def quantized_linear(
         grid.factor,
         product_dtype(x),
     )
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    result: Tensor = y.reshape(*x.shape[:-1], weight.shape[0])
+    if result.requires_grad and not torch.compiler.is_compiling():
+        bounds, dtype = (grid.qmin, grid.qmax), product_dtype(x)
+        source = Source(codes, errors, weight, bias, grid.scale, grid.offset, bounds, dtype)
+        setattr(result, _ATTRIBUTE, (source, result._version))
+    return result
+
+
+def _product(values: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    with torch.autocast(values.device.type, enabled=False):
+        return F.linear(values, weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -63,12 +101,12 @@ class _QuantizedLinear(torch.autograd.Function):
         bounds: tuple[int, int],
         factor: float,
         dtype: torch.dtype,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         kept, values = keep(x, Grid(scale, bounds[0], bounds[1], offset), dtype)
         ctx.save_for_backward(*kept, weight, scale, offset)
         ctx.bounds, ctx.factor, ctx.dtype, ctx.given, ctx.has_bias = bounds, factor, dtype, x.dtype, bias is not None
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(values, weight.to(dtype), None if bias is None else bias.to(dtype))
+        ctx.mark_non_differentiable(*kept)
+        return _product(values, weight, bias, dtype), *kept
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

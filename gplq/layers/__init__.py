@@ -2,6 +2,7 @@
 
 from gplq.layers.block import CompensatedBlock, LinearCompensation
 from gplq.layers.conv import QuantizedConv2d
+from gplq.layers.gelu import RecomputedGELU
 from gplq.layers.linear import QuantizedLinear
 from gplq.layers.linear_map import LinearMap, WeightView
 from gplq.layers.multihead import DecomposedMultiheadAttention
@@ -13,5 +14,6 @@ __all__ = [
     'LinearMap',
     'QuantizedConv2d',
     'QuantizedLinear',
+    'RecomputedGELU',
     'WeightView',
 ]

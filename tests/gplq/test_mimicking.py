@@ -81,3 +81,39 @@ def test_the_teacher_runs_frozen_and_without_a_graph() -> None:
     with torch.no_grad():
         expected = 3 * gplq.MimickingLoss(basis())(y, nn.functional.linear(x, teacher.weight, teacher.bias))
     assert float(found.detach()) == pytest.approx(float(expected))
+
+
+class Noted(nn.Linear):
+    """Notes in what order modules run."""
+
+    def __init__(self, name: str, order: list[str]) -> None:
+        super().__init__(4, 4)
+        self.name, self.order = name, order
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.order.append(self.name)
+        return super().forward(x)
+
+
+def test_the_teacher_runs_before_the_student_in_training_alone() -> None:
+    """What it needs meanwhile would add to the peak behind the student, whose activations are kept."""
+    order: list[str] = []
+    student, teacher = Noted('student', order), Noted('teacher', order)
+    mimicking = Mimicking(student, teacher, gplq.MimickingLoss(basis()))
+    x = torch.randn(5, 4)
+    with mimicking.attached():
+        for run in range(2):
+            student(x)
+            mimicking()
+            assert order == ['teacher', 'student'] * (run + 1)
+        order.clear()
+        student.eval()(x)
+        with torch.no_grad():
+            student.train()(x)
+        assert order == ['student', 'student']
+        # A student in inference mode may be trained: the loss then asks its teacher.
+        student.eval()(x)
+        assert mimicking().requires_grad
+        assert order == ['student', 'student', 'student', 'teacher']
+    student(x)
+    assert order[-1] == 'student'
