@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,13 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         if description[_HASH] != _fingerprint(stored, description):
             raise CheckpointError(f'{path} is damaged: its contents do not match the hash that was saved with them')
     except SafetensorError as error:
-        raise CheckpointError(f'{path} is not a readable safetensors file ({error}): it may be truncated') from None
+        if zipfile.is_zipfile(path):
+            raise CheckpointError(
+                f'{path} was not written by gplq.save but by torch.save: give the .safetensors file beside it'
+            ) from None
+        raise CheckpointError(
+            f'{path} is not a readable safetensors file ({error}): it may be truncated, or be of another kind'
+        ) from None
     restore(model, description)
     model.load_state_dict(tensors)
     return model

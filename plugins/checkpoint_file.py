@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import textwrap
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,10 @@ def read_checkpoint(path: str) -> dict[str, Any]:
                 f'checkpoint {path} holds objects that are not data{f", such as {found[1]}," if found else ""} and was '
                 'not read; save it anew with nothing but its state_dict'
             ) from None
-        reason = told.partition('\n')[0][:200]
+        reason = textwrap.shorten(told.partition('\n')[0], 120, placeholder=' …')
         raise CheckpointError(
-            f'checkpoint {path} cannot be read, it may be truncated or not written by torch.save '
-            f'({type(error).__name__}: {reason})'
+            f'checkpoint {path} cannot be read, it may be truncated or not written by torch.save: copy or download it '
+            f'anew ({type(error).__name__}: {reason})'
         ) from None
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f'checkpoint {path} holds a {type(checkpoint).__name__}, not a state dict')

@@ -20,13 +20,15 @@ from gplq.errors import CheckpointError, GPLQError
 from gplq.exported import codes_of, exported_twin
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
 from gplq.plugins.engines import ENGINES, Engine, with_codes
-from gplq.plugins.hooks.model import model_of
+from gplq.plugins.hooks.model import is_classifier, model_of
 from gplq.plugins.hooks.restore_hook import RestoreHook
 from gplq.plugins.preflight import preflight
 from gplq.record import is_prepared
 
 EXAMPLE = """example:
-  python tools/export.py configs/vit-mini_objects100.py work_dirs/gplq_vit-mini_objects100/gplq_w4a4.pth vit.onnx"""
+  python tools/export.py configs/vit-mini_objects100.py work_dirs/gplq_vit-mini_objects100/gplq_w4a4.pth vit.onnx
+  python tools/export.py configs/mask_rcnn_vit-tiny_shapes.py work_dirs/demo/gplq/gplq_w4a4.pth vit.onnx \\
+      --part backbone --cfg-options data_root=work_dirs/demo/data"""
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,6 +49,8 @@ def load(args: argparse.Namespace) -> Runner:
     cfg = read_config(args)
     cfg.load_from = args.checkpoint
     preflight(cfg, splits=('val',))
+    # A worker that outlives the loop ends the process with a segmentation fault once OpenVINO was there.
+    cfg.val_dataloader.update(num_workers=0, persistent_workers=False)
     runner = Runner.from_cfg(cfg)
     runner.register_hook(RestoreHook())
     runner.load_or_resume()
@@ -109,6 +113,10 @@ def main() -> None:
         raise GPLQError(f'--images {args.images} must be at least 1')
     runner = load(args)
     model = model_of(runner).cpu().eval()
+    if not args.part and not is_classifier(model):
+        raise GPLQError(
+            f'{type(model).__name__} cannot be exported as a whole: name what takes images, --part backbone'
+        )
     data = batches(runner, args.images)
     images = data[0][0]
     example = images[:2] if len(images) > 1 else images.repeat(2, 1, 1, 1)

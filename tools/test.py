@@ -20,11 +20,14 @@ from gplq.plugins.results import ResultRow, append_row, commit, file_sha256, rep
 from gplq.record import is_prepared
 from gplq.size import float_bytes
 
-EXAMPLE = 'example: python tools/test.py configs/mask_rcnn_vit-tiny_nuclei.py nuclei.pth --show-dir pictures'
+EXAMPLE = """example:
+  python tools/test.py configs/mask_rcnn_vit-tiny_nuclei.py nuclei.pth --show-dir pictures"""
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('config')
     parser.add_argument('checkpoint')
     add_run_arguments(parser)

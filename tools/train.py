@@ -14,11 +14,14 @@ from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_con
 from gplq.plugins.hooks.restore_hook import RestoreHook
 from gplq.plugins.preflight import preflight
 
-EXAMPLE = 'example: python tools/train.py configs/mask_rcnn_vit-tiny_nuclei.py --cfg-options data_root=PATH'
+EXAMPLE = """example:
+  python tools/train.py configs/mask_rcnn_vit-tiny_nuclei.py --cfg-options data_root=PATH"""
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('config')
     add_run_arguments(parser)
     parser.add_argument('--amp', action='store_true', help='mixed precision; bfloat16 where there is no GPU')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, get_type_hints
@@ -175,7 +176,9 @@ def _checked(given: dict[str, Any], types: dict[str, Any], what: str) -> dict[st
     """Settings of a config, lists as tuples, refused where there is no such setting or it is of another type."""
     unknown = sorted(set(given) - set(types))
     if unknown:
-        raise RecipeError(f'{what} has no setting {unknown}; known are {sorted(types)}')
+        close = [near for name in unknown for near in difflib.get_close_matches(name, types, n=1)]
+        meant = f'; did you mean {close}' if close else ''
+        raise RecipeError(f'{what} has no setting {unknown}{meant}; known are {sorted(types)}')
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     check_types(values, types, '' if what == 'the hook' else f'{what}.')
     return values

@@ -282,6 +282,13 @@ def test_truncated(toy_vit: Make, saved: Path, share: float) -> None:
         gplq.load(toy_vit(depth=1), saved)
 
 
+def test_a_checkpoint_of_torch_is_named(toy_vit: Make, tmp_path: Path) -> None:
+    model = toy_vit(depth=1)
+    torch.save(model.state_dict(), tmp_path / 'model.pth')
+    with pytest.raises(CheckpointError, match='torch.save: give the .safetensors file'):
+        gplq.load(model, tmp_path / 'model.pth')
+
+
 def test_a_flipped_bit(toy_vit: Make, images: Tensor, saved: Path) -> None:
     """Wherever it is: in the header, in the plan, in a code."""
     sound = saved.read_bytes()

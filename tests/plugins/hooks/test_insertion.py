@@ -252,7 +252,7 @@ def test_unknown_settings_are_refused(make_config: Callable[..., Config]) -> Non
     from gplq.errors import RecipeError
 
     cases: list[tuple[dict[str, Any], str]] = [
-        (dict(weight_bit=4), "the hook has no setting .'weight_bit'."),
+        (dict(weight_bit=4), "the hook has no setting .'weight_bit'.; did you mean .'weight_bits'."),
         (dict(recipe=dict(bits=4)), "recipe has no setting .'bits'."),
         (dict(stage=dict(learning_rate=1)), "stage has no setting .'learning_rate'."),
         (dict(method='magic'), "method must be .*'magic'"),
