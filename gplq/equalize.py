@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gplq.batches import Forward, bounded
 from gplq.distributed import maximum, total
 from gplq.functional import dequantize, quantize
-from gplq.fused_attention import parts_of_heads
+from gplq.fused_attention import flat_heads, parts_of_heads
 from gplq.layers import QuantizedLinear
 from gplq.observers import MinMaxObserver, MSEObserver
 from gplq.products import QuantizedProduct
@@ -208,10 +208,7 @@ def _error(quantizers: tuple[Quantizer, Quantizer], query: Tensor, key: Tensor) 
         rounded.append(dequantize(quantize(split, scale, spec.qmin, spec.qmax), scale).reshape(x.shape))
     # Images may share their keys, as in attention to one text.
     lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])  # type: ignore[no-untyped-call]
-    queries, keys = (
-        [x.expand(*lead, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in pair]
-        for pair in ((query, rounded[0]), (key, rounded[1]))
-    )
+    queries, keys = ([flat_heads(x, lead) for x in pair] for pair in zip((query, key), rounded, strict=True))
     wrong = torch.zeros((), device=query.device)
     for part in parts_of_heads(queries[0], keys[0]):
         exact, found = (q[part] @ k[part].mT for q, k in zip(queries, keys, strict=True))

@@ -12,7 +12,7 @@ from gplq.autocast import product_dtype
 from gplq.grid import Grid
 from gplq.kept import Kept, gradients, keep, restore
 
-__all__ = ['parts_of_heads', 'quantized_attention']
+__all__ = ['flat_heads', 'parts_of_heads', 'quantized_attention']
 
 # Elements of the attention map that are worked on at once: small enough to stay in a CPU's cache, and many enough
 # small heads to fill a GPU.
@@ -47,7 +47,7 @@ def quantized_attention(
     # Heads of the query may share a key and a value.
     lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])  # type: ignore[no-untyped-call]
     groups = lead.numel()
-    operands = [x.expand(*lead, *x.shape[-2:]).reshape(groups, *x.shape[-2:]) for x in (query, key, value)]
+    operands = [flat_heads(x, lead) for x in (query, key, value)]
     # Columns of a product may have scales of their own, its rows never have.
     scales = [grid.scale.expand(*lead, 1, grid.scale.shape[-1]).flatten(0, -3) for grid in grids]
     flat_mask = index = None
@@ -147,6 +147,11 @@ class _QuantizedAttention(torch.autograd.Function):
                 to_operands.append(to_x)
                 to_scales.append(to_own)
         return *to_operands, *to_scales, to_scale * factor, to_mask, None, None, None
+
+
+def flat_heads(x: Tensor, lead: torch.Size) -> Tensor:
+    """``(..., n, d)`` as ``(heads, n, d)``, its leading axes broadcast to ``lead``."""
+    return x.expand(*lead, *x.shape[-2:]).reshape(lead.numel(), *x.shape[-2:])
 
 
 def parts_of_heads(query: Tensor, key: Tensor) -> list[slice]:

@@ -66,7 +66,7 @@ def scaled_dot_product_parts(
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], dim=-3)
     # On the query, which is smaller than the scores; a quantizer's scale absorbs it.
-    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+    query = _tempered(query, scale)
     scores = query_key(query, key.transpose(-2, -1))
     if is_causal:
         causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -86,6 +86,11 @@ def scaled_dot_product_parts(
     if dropout_p > 0:
         attention = F.dropout(attention, dropout_p)
     return attention_value(attention, value)
+
+
+def _tempered(query: Tensor, scale: float | None) -> Tensor:
+    """The query times the softmax's temperature, by default ``1 / sqrt(d)``."""
+    return query * (query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 class QuantizedProduct(nn.Module):
@@ -243,9 +248,9 @@ class _ProductMode(TorchFunctionMode):
         if additive and dropout_p == 0 and not is_causal and not enable_gqa:
             active = [product for product in (query_key, attention_value) if product is not None]
             if query_key is not None and attention_value is not None and all(p.settled for p in active):
-                return _fused(query_key, attention_value, query, key, value, attn_mask, scale)
+                return _fused(query_key, attention_value, _tempered(query, scale), key, value, attn_mask)
             if active and all(product.observing for product in active):
-                return _observed(query_key, attention_value, query, key, value, attn_mask, scale)
+                return _observed(query_key, attention_value, _tempered(query, scale), key, value, attn_mask)
         options: dict[str, Any] = dict(
             attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -276,15 +281,14 @@ def _observed(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    scale: float | None,
 ) -> Tensor:
-    """A softmax with no more than an additive mask whose operands are observed, the attention map in parts.
+    """A softmax of a tempered query, an additive mask at most, whose operands are observed, the map in parts.
 
     Written out whole, the map of a large image takes more memory than all that training keeps.
     """
     if query_key is not None:
         see_query, see_key = query_key.operands
-        see_query(query * (query.shape[-1] ** -0.5 if scale is None else scale))
+        see_query(query)
         see_key(key.transpose(-2, -1))
     see_map: nn.Module = nn.Identity()
     if attention_value is not None:
@@ -299,7 +303,7 @@ def _observed(
         masks = torch.tensor_split(mask, parts, dim=-2)
     outputs = [
         scaled_dot_product_parts(
-            torch.matmul, lambda attention, value: see_map(attention) @ value, rows, key, value, masked, scale=scale
+            torch.matmul, lambda attention, value: see_map(attention) @ value, rows, key, value, masked, scale=1.0
         )
         for rows, masked in zip(torch.tensor_split(query, parts, dim=-2), masks, strict=True)
     ]
@@ -313,12 +317,10 @@ def _fused(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    scale: float | None,
 ) -> Tensor:
-    """A softmax with no more than an additive mask, both of its products settled."""
+    """A softmax of a tempered query, an additive mask at most, both of its products settled."""
     quantize_query, quantize_key = query_key.operands
     quantize_map, quantize_value = attention_value.operands
-    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
     return quantized_attention(
         query,
         key,

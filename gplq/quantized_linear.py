@@ -30,6 +30,16 @@ class Source(NamedTuple):
     bounds: tuple[int, int]
     dtype: torch.dtype
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What ``save_for_backward`` takes, first among the fields."""
+        return self[:6]
+
+    @property
+    def settings(self) -> tuple[tuple[int, int], torch.dtype]:
+        """The other fields."""
+        return self.bounds, self.dtype
+
     def output(self) -> Tensor:
         """The output ``(n, rows)``, to the last bit."""
         values = restore(Kept(self.codes, self.errors), Grid(self.scale, *self.bounds, self.offset), self.dtype)
@@ -65,6 +75,7 @@ def quantized_linear(
     Returns:
         ``(..., rows)``.
     """
+    bounds, dtype = (grid.qmin, grid.qmax), product_dtype(x)
     # A matrix, so that the result is no view made inside: callers may add to it in place.
     y, codes, errors = _QuantizedLinear.apply(  # type: ignore[no-untyped-call]
         x.reshape(-1, x.shape[-1]),
@@ -72,13 +83,12 @@ def quantized_linear(
         bias,
         grid.scale,
         grid.offset,
-        (grid.qmin, grid.qmax),
+        bounds,
         grid.factor,
-        product_dtype(x),
+        dtype,
     )
     result: Tensor = y.reshape(*x.shape[:-1], weight.shape[0])
     if result.requires_grad and not torch.compiler.is_compiling():
-        bounds, dtype = (grid.qmin, grid.qmax), product_dtype(x)
         source = Source(codes, errors, weight, bias, grid.scale, grid.offset, bounds, dtype)
         setattr(result, _ATTRIBUTE, (source, result._version))
     return result

@@ -28,21 +28,20 @@ def recomputed_gelu(x: Tensor, source: Source, approximate: str) -> Tensor:
     Returns:
         Shape and dtype of ``x``.
     """
-    y: Tensor = _RecomputedGELU.apply(x, *source[:6], source, approximate)  # type: ignore[no-untyped-call]
+    y: Tensor = _RecomputedGELU.apply(x, source, approximate)  # type: ignore[no-untyped-call]
     return y
 
 
 class _RecomputedGELU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
-        *tensors, source, approximate = arguments
-        ctx.save_for_backward(*tensors)
-        ctx.rest, ctx.approximate, ctx.shape = source[6:], approximate, x.shape
+    def forward(ctx: Any, x: Tensor, source: Source, approximate: str) -> Tensor:
+        ctx.save_for_backward(*source.tensors)
+        ctx.settings, ctx.approximate, ctx.shape = source.settings, approximate, x.shape
         return F.gelu(x, approximate=approximate)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *arguments: Tensor) -> tuple[Tensor | None, ...]:
-        x = Source(*ctx.saved_tensors, *ctx.rest).output().view(ctx.shape)
+        x = Source(*ctx.saved_tensors, *ctx.settings).output().view(ctx.shape)
         to_x = torch.ops.aten.gelu_backward(arguments[0], x, approximate=ctx.approximate)
-        return to_x, *(None,) * 8
+        return to_x, None, None
