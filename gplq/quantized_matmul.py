@@ -21,8 +21,9 @@ _Bounds = tuple[tuple[int, int, float], tuple[int, int, float]]
 def quantized_matmul(left: Tensor, right: Tensor, grids: tuple[Grid, Grid]) -> Tensor:
     """``matmul(fake_quantize(left), fake_quantize(right))``, values and gradients as if written out.
 
-    Between forward and backward it keeps 1.5 bytes a value of either operand at 4 bits. Only gradients of the scales
-    depend on the rounding error in 8 bit; those of the operands are exact.
+    Between forward and backward it keeps 1.5 bytes a value of either operand at 4 bits; nothing of a left operand that
+    a softmax keeps for its own backward, which is rounded again there. Only gradients of the scales depend on the
+    rounding error in 8 bit; those of the operands are exact.
 
     Args:
         left: ``(..., n, k)``.
@@ -39,8 +40,16 @@ def quantized_matmul(left: Tensor, right: Tensor, grids: tuple[Grid, Grid]) -> T
         *(grid.offset for grid in grids),
         tuple((grid.qmin, grid.qmax, grid.factor) for grid in grids),
         product_dtype(left),
+        _kept_by_softmax(left),
     )
     return y
+
+
+def _kept_by_softmax(x: Tensor) -> bool:
+    """Whether ``x`` stays in memory until backward anyway."""
+    if torch.compiler.is_compiling() or x.grad_fn is None:
+        return False
+    return x.grad_fn.name() == 'SoftmaxBackward0' and x.is_contiguous()
 
 
 class _QuantizedMatmul(torch.autograd.Function):
@@ -55,14 +64,15 @@ class _QuantizedMatmul(torch.autograd.Function):
         right_offset: Tensor | None,
         bounds: _Bounds,
         dtype: torch.dtype,
+        left_stays: bool,
     ) -> Tensor:
         parameters = (left_scale, right_scale, left_offset, right_offset)
         of_left, of_right = _grids(bounds, *parameters)
         # Heads are cut from one tensor by strides; what is dense is rounded, and multiplied, faster.
         kept_left, left_values = keep(left.contiguous(), of_left, dtype)
         kept_right, right_values = keep(right.contiguous(), of_right, dtype)
-        ctx.save_for_backward(*kept_left, *kept_right, *parameters)
-        ctx.bounds, ctx.dtype, ctx.given = bounds, dtype, (left.dtype, right.dtype)
+        ctx.save_for_backward(*((left, None) if left_stays else kept_left), *kept_right, *parameters)
+        ctx.bounds, ctx.dtype, ctx.given, ctx.left_stays = bounds, dtype, (left.dtype, right.dtype), left_stays
         with torch.autocast(left.device.type, enabled=False):
             return torch.matmul(left_values, right_values)
 
@@ -70,15 +80,16 @@ class _QuantizedMatmul(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *arguments: Tensor) -> tuple[Tensor | None, ...]:
         left_codes, left_errors, right_codes, right_errors, *parameters = ctx.saved_tensors
-        left, right = Kept(left_codes, left_errors), Kept(right_codes, right_errors)
         of_left, of_right = _grids(ctx.bounds, *parameters)
+        right = Kept(right_codes, right_errors)
+        left = keep(left_codes, of_left, ctx.dtype)[0] if ctx.left_stays else Kept(left_codes, left_errors)
         gradient = arguments[0].to(ctx.dtype)
         with torch.autocast(gradient.device.type, enabled=False):
             incoming = gradient @ restore(right, of_right, ctx.dtype).mT
             to_left, to_left_scale, to_left_offset = gradients(left, incoming, of_left, ctx.given[0])
             incoming = restore(left, of_left, ctx.dtype).mT @ gradient
             to_right, to_right_scale, to_right_offset = gradients(right, incoming, of_right, ctx.given[1])
-        return to_left, to_right, to_left_scale, to_right_scale, to_left_offset, to_right_offset, None, None
+        return to_left, to_right, to_left_scale, to_right_scale, to_left_offset, to_right_offset, None, None, None
 
 
 def _grids(

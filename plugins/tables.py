@@ -118,10 +118,12 @@ def _order(key: _Key) -> tuple[str, int, int, int, str, str]:
 
 
 def _digits(metric: str) -> str:
-    """Fractions have three decimals, seconds and ratios two, percentages one."""
+    """Fractions have three decimals, seconds and ratios two, percentages one, megabytes none."""
     if 'mAP' in metric:
         return '{:.3f}'
-    return '{:.2f}' if metric.startswith('step_') else '{:.1f}'
+    if metric == 'allocated_mb':
+        return '{:.0f}'
+    return '{:.2f}' if metric.startswith('step_') or metric.endswith('_ratio') else '{:.1f}'
 
 
 def _mean(values: list[float], form: str) -> str:

@@ -1,7 +1,8 @@
 """Compare a step of the activation stage with a step of FP32 fine-tuning: time, interleaved, and peak memory.
 
 Both take the same batch, optimizer and precision; FP32 keeps its fused attention. Memory is measured in a process of
-its own for each, whose peak is that of nothing else; teacher, PCA and calibration are in it.
+its own for each: what the process held at its peak, and what was allocated from before the model was built;
+teacher, PCA and calibration are in both.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from mmengine.runner import Runner
 
 from gplq.activation_stage import parameter_groups
 from gplq.errors import GPLQError
+from gplq.plugins.allocated import watch_allocated
 from gplq.plugins.campaign import check_hook
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
 from gplq.plugins.hooks import ActivationQATHook
@@ -40,6 +42,8 @@ EXAMPLE = """example:
   GPLQ_DATA_ROOT=data/nuclei python tools/measure_step.py configs/gplq_mask_rcnn_vit-tiny_nuclei.py \\
       --cfg-options load_from=nuclei_vit.pth"""
 
+METHODS = ('fp32', 'gplq')
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -49,7 +53,7 @@ def parse_args() -> argparse.Namespace:
     add_run_arguments(parser)
     parser.add_argument('--steps', type=int, default=12, help='timed steps of each (default: %(default)s)')
     parser.add_argument('--output', type=Path, default=Path('results/step.jsonl'), help='default: %(default)s')
-    parser.add_argument('--only', choices=('fp32', 'gplq'), help=argparse.SUPPRESS)
+    parser.add_argument('--only', choices=METHODS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -96,13 +100,21 @@ def batches(cfg: Config, count: int) -> list[Any]:
     return [next(iterator) for _ in range(count)]
 
 
-def peak_memory(cfg: Config, method: str) -> float:
-    """Peak of what comes before the first step and of three steps, in this process, in MB."""
+def peak_memory(cfg: Config, method: str) -> tuple[float, float | None]:
+    """Peak of what comes before the first step and of three steps, in MB: what the process held, and had allocated."""
     data = batches(cfg, 3)
-    with measure() as cost, step_of(cfg, method) as step:
+    with measure() as cost, watch_allocated() as allocated, step_of(cfg, method) as step:
         for batch in data:
             step(batch)
-    return float(cost.peak_memory_mb)
+    return float(cost.peak_memory_mb), allocated.peak_mb
+
+
+def precision(cfg: Config) -> str:
+    """In which dtype the config trains."""
+    kind = str(cfg.optim_wrapper.get('type', 'OptimWrapper'))
+    if 'BFloat16' in kind:
+        return 'bfloat16'
+    return str(cfg.optim_wrapper.get('dtype') or 'float16') if 'Amp' in kind else 'float32'
 
 
 def main() -> None:
@@ -116,15 +128,15 @@ def main() -> None:
     if args.only:
         print('PEAK ' + json.dumps(peak_memory(cfg, args.only)))
         return
-    peaks = {}
-    for method in ('fp32', 'gplq'):
+    peaks: dict[str, tuple[float, float | None]] = {}
+    for method in METHODS:
         command = [sys.executable, *sys.argv, '--only', method]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise GPLQError(f'{shlex.join(command)} failed: {(done.stderr.splitlines() or ["it said nothing"])[-1]}')
         peaks[method] = json.loads(done.stdout.rsplit('PEAK ', 1)[1])
     data = batches(cfg, args.steps + 2)
-    seconds: dict[str, list[float]] = {'fp32': [], 'gplq': []}
+    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
     with step_of(cfg, 'fp32') as floating, step_of(cfg, 'gplq') as quantized:
         steps = {'fp32': floating, 'gplq': quantized}
         for number, batch in enumerate(data):
@@ -134,39 +146,43 @@ def main() -> None:
                 if number >= 2:
                     seconds[method].append(time.perf_counter() - start)
     ratios = [b / a for a, b in zip(seconds['fp32'], seconds['gplq'], strict=True)]
-    for method, times in seconds.items():
-        print(f'{method}: median {statistics.median(times):.3f} s a step, peak {peaks[method]:.0f} MB')
-    print(f'ratio of time: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}')
-    print(f'ratio of peak memory: {peaks["gplq"] / peaks["fp32"]:.2f}')
-    bits = int(cfg.gplq_settings.get('activation_bits', 4))
-    for method, times in seconds.items():
-        for metric, value in (
-            ('step_seconds', statistics.median(times)),
-            ('step_ratio', statistics.median(ratios) if method == 'gplq' else 1.0),
-        ):
-            append_row(
-                args.output,
-                ResultRow(
-                    benchmark='step',
-                    split='train',
-                    model=Path(args.config).stem.removeprefix('gplq_'),
-                    scope='backbone',
-                    checkpoint_sha256=file_sha256(cfg.load_from),
-                    method=method,
-                    weight_bits=32,
-                    activation_bits=bits if method == 'gplq' else 32,
-                    effective_bits=None,
-                    seed=0,
-                    metric=metric,
-                    value=value,
-                    minutes=None,
-                    peak_memory_mb=peaks[method],
-                    artifact_bytes=None,
-                    command=repeat_command(),
-                    commit=commit(),
-                    versions=versions(),
-                ),
-            )
+    for method in METHODS:
+        process, allocated = peaks[method]
+        figures = {
+            'step_seconds': statistics.median(seconds[method]),
+            'step_ratio': statistics.median(ratios) if method == 'gplq' else 1.0,
+            'process_ratio': process / peaks['fp32'][0],
+        }
+        if allocated is not None and peaks['fp32'][1] is not None:
+            figures |= {'allocated_mb': allocated, 'allocated_ratio': allocated / peaks['fp32'][1]}
+        print(f'{method}: ' + ', '.join(f'{name} {value:.2f}' for name, value in figures.items()))
+        for metric, value in figures.items():
+            append_row(args.output, _row(args, cfg, method, process, metric, value))
+    print(f'ratios of time range from {min(ratios):.2f} to {max(ratios):.2f}')
+
+
+def _row(args: argparse.Namespace, cfg: Config, method: str, process: float, metric: str, value: float) -> ResultRow:
+    return ResultRow(
+        benchmark='step',
+        split='train',
+        model=Path(args.config).stem.removeprefix('gplq_'),
+        scope='backbone',
+        checkpoint_sha256=file_sha256(cfg.load_from),
+        method=method,
+        weight_bits=32,
+        activation_bits=int(cfg.gplq_settings.get('activation_bits', 4)) if method == 'gplq' else 32,
+        effective_bits=None,
+        seed=0,
+        metric=metric,
+        value=value,
+        minutes=None,
+        peak_memory_mb=process,
+        artifact_bytes=None,
+        command=repeat_command(),
+        commit=commit(),
+        versions=versions(),
+        variant=precision(cfg),
+    )
 
 
 def _without_hook(cfg: Config) -> Config:

@@ -74,6 +74,35 @@ def test_keeps_a_byte_and_a_half_a_value() -> None:
     assert sum(t.numel() * t.element_size() for t in kept) == (left.numel() + right.numel()) * 1.5 + 2 * 4
 
 
+def test_keeps_nothing_of_a_map_that_its_softmax_keeps(written_out_lsq) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, value = torch.randn(2, 8, 16, generator=generator), torch.randn(2, 16, 4, generator=generator)
+    upstream = torch.randn(2, 8, 4, generator=generator)
+    results, kept = [], {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.data_ptr()] = x.numel() * x.element_size()
+        return x
+
+    for fused in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (scores, value, torch.tensor(0.02), torch.tensor(0.3))]
+        grids = (Grid(leaves[2], 0, 15, None, 0.5), Grid(leaves[3], -8, 7, None, 0.25))
+        with torch.autograd.graph.saved_tensors_hooks(keep if fused else lambda x: x, lambda x: x):
+            attention = torch.softmax(leaves[0], dim=-1)
+            if fused:
+                y = quantized_matmul(attention, leaves[1], grids)
+            else:
+                y = written_out_lsq(attention, grids[0]) @ written_out_lsq(leaves[1], grids[1])
+        y.backward(upstream)
+        results.append((y.detach(), *(x.grad for x in leaves)))
+    assert sum(kept.values()) == attention.numel() * 4 + value.numel() * 1.5 + 2 * 4
+    (y, *mine), (expected, *theirs) = results
+    assert torch.equal(y, expected)
+    torch.testing.assert_close(mine[:2], theirs[:2])
+    # The scales' depend on errors in steps of 1 / 254.
+    torch.testing.assert_close(mine[2:], theirs[2:], rtol=1e-2, atol=1e-2)
+
+
 @pytest.fixture
 def product() -> QuantizedProduct:
     """Both operands at 4 bits, settled."""
