@@ -16,7 +16,7 @@ from gplq.functional import dequantize, quantize
 from gplq.fused_attention import flat_heads, parts_of_heads
 from gplq.layers import QuantizedLinear
 from gplq.observers import MinMaxObserver, MSEObserver
-from gplq.products import QuantizedProduct
+from gplq.products import QuantizedProduct, unowned_products
 from gplq.quantizer import Quantizer
 from gplq.record import product_of, record_of
 
@@ -31,23 +31,45 @@ def equalize_queries_and_keys(model: nn.Module, batches: Iterable[Any], forward:
     not change, but only where query and key come straight from Linear rows and nothing else reads them: with
     relative positions, a norm or a rotary embedding between, scaling is wrong. Both are tried, not assumed:
     rows are found by sending row numbers through the module, and the module's output must stay the same.
-    A change is kept where it lowers the error of the quantized product on the first batch. That runs once for each
-    attention module: only one module's operands are kept at a time.
+    A change is kept where it lowers the error of the quantized product on the first batch, whose forward each module
+    interrupts when its turn comes: only one module's operands are in memory at a time.
 
     Returns:
         How many attention modules were changed.
     """
-    owners = {
-        p.owner: p.index for p in record_of(model).plan.products if (p.left.site, p.right.site) == ('query', 'key')
-    }
+    visits = {}
+    for product in record_of(model).plan.products:
+        if (product.left.site, product.right.site) == ('query', 'key'):
+            owner = model.get_submodule(product.owner)
+            visits[owner] = _Visit(product_of(owner, product.index))
     batch = next(iter(bounded(batches, 1)))
-    changed = 0
-    for name, index in owners.items():
-        owner = model.get_submodule(name)
-        with _operands(product_of(owner, index)) as operands:
-            call = _last_call(owner, lambda: forward(model, batch))
-            changed += call is not None and _equalize(owner, operands, call)
-    return changed
+    handles = [owner.register_forward_pre_hook(visit, with_kwargs=True) for owner, visit in visits.items()]
+    try:
+        forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(visit.changed for visit in visits.values())
+
+
+class _Visit:
+    """Evens out a module just before it runs for the first time: its input is there, and nothing else is kept."""
+
+    def __init__(self, product: QuantizedProduct) -> None:
+        self.product = product
+        self.done = self.changed = False
+
+    def __call__(self, owner: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.done:
+            return
+        self.done = True
+
+        def call() -> Any:
+            return owner(*args, **kwargs)
+
+        with unowned_products(), _operands(self.product) as operands:
+            call()
+            self.changed = _equalize(owner, operands, call)
 
 
 class _Operands:
@@ -84,21 +106,6 @@ def _operands(product: QuantizedProduct) -> Iterator[_Operands]:
         query.observer = key.observer = None
         for handle in handles:
             handle.remove()
-
-
-def _last_call(owner: nn.Module, run: Callable[[], Any]) -> Callable[[], Any] | None:
-    """Calls ``owner`` again as ``run`` last did; None if it did not."""
-    calls: list[tuple[Any, Any]] = []
-
-    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-        calls[:] = [(args, kwargs)]
-
-    handle = owner.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        run()
-    finally:
-        handle.remove()
-    return (lambda: owner(*calls[0][0], **calls[0][1])) if calls else None
 
 
 class _RowNumbers:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from gplq.layers.linear import QuantizedLinear
 from gplq.quantized_matmul import quantized_matmul
 from gplq.quantizer import Quantizer
 
-__all__ = ['ProductOwner', 'QuantizedProduct', 'product_operands', 'scaled_dot_product_parts']
+__all__ = ['ProductOwner', 'QuantizedProduct', 'product_operands', 'scaled_dot_product_parts', 'unowned_products']
 
 _MATMULS = frozenset(
     {torch.matmul, torch.linalg.matmul, torch.bmm, torch.mm} | {Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm}
@@ -177,10 +178,20 @@ class _Running(threading.local):
     """The modes whose forward is running in a thread, innermost last: a product belongs to the innermost alone."""
 
     def __init__(self) -> None:
-        self.modes: list[_ProductMode] = []
+        self.modes: list[_ProductMode | None] = []
 
 
 _RUNNING = _Running()
+
+
+@contextmanager
+def unowned_products() -> Iterator[None]:
+    """Products computed within belong to no module, even where this is reached from a module's forward."""
+    _RUNNING.modes.append(None)
+    try:
+        yield
+    finally:
+        _RUNNING.modes.pop()
 
 
 class _ProductMode(TorchFunctionMode):
