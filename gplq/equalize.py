@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gplq.batches import Forward, bounded
+from gplq.batches import Forward, bounded, tensors_in
 from gplq.distributed import maximum, total
 from gplq.functional import dequantize, quantize
 from gplq.fused_attention import flat_heads, parts_of_heads
@@ -30,34 +30,48 @@ def equalize_queries_and_keys(model: nn.Module, batches: Iterable[Any], forward:
     One scale a head serves all its channels, so channels of very different size waste codes. The product does
     not change, but only where query and key come straight from Linear rows and nothing else reads them: with
     relative positions, a norm or a rotary embedding between, scaling is wrong. Both are tried, not assumed:
-    rows are found by sending row numbers through the module, and the module's output must stay the same.
-    A change is kept where it lowers the error of the quantized product on the first batch, whose forward each module
-    interrupts when its turn comes: only one module's operands are in memory at a time.
+    rows are found by sending row numbers through the module, and the outputs of the module and of the whole model must
+    stay the same. A change is kept where it lowers the error of the quantized product on the first batch, whose
+    forward each module interrupts when its turn comes: only one module's operands are in memory at a time.
 
     Returns:
-        How many attention modules were changed.
+        How many products were changed.
     """
-    visits = {}
+    visits = []
     for product in record_of(model).plan.products:
         if (product.left.site, product.right.site) == ('query', 'key'):
             owner = model.get_submodule(product.owner)
-            visits[owner] = _Visit(product_of(owner, product.index))
+            visits.append((owner, _Visit(product_of(owner, product.index))))
     batch = next(iter(bounded(batches, 1)))
-    handles = [owner.register_forward_pre_hook(visit, with_kwargs=True) for owner, visit in visits.items()]
+    if not visits:
+        return 0
+    expected = tensors_in(forward(model, batch))
+    # In front of the user's own hooks, which run on what is given to the module.
+    handles = [
+        owner.register_forward_pre_hook(visit, with_kwargs=True, prepend=True) for owner, visit in reversed(visits)
+    ]
     try:
         forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-    return sum(visit.changed for visit in visits.values())
+    changed = [visit for _, visit in visits if visit.replaced]
+    if changed and not _alike(expected, tensors_in(forward(model, batch))):
+        # Something outside of a module reads its queries or keys.
+        for visit in reversed(changed):
+            visit.undo()
+        return 0
+    return len(changed)
 
 
 class _Visit:
-    """Evens out a module just before it runs for the first time: its input is there, and nothing else is kept."""
+    """Evens out a product just before its module runs for the first time, when its input is there."""
 
     def __init__(self, product: QuantizedProduct) -> None:
         self.product = product
-        self.done = self.changed = False
+        self.done = False
+        #: Layers that were changed, each with its weight and bias as they were.
+        self.replaced: list[_Replaced] = []
 
     def __call__(self, owner: nn.Module, args: Any, kwargs: Any) -> None:
         if self.done:
@@ -69,7 +83,18 @@ class _Visit:
 
         with unowned_products(), _operands(self.product) as operands:
             call()
-            self.changed = _equalize(owner, operands, call)
+            self.replaced = _equalize(owner, operands, call)
+
+    def undo(self) -> None:
+        """Put back what was replaced."""
+        _put_back(self.replaced)
+        self.replaced = []
+
+
+class _Replaced(NamedTuple):
+    layer: QuantizedLinear
+    weight: Tensor
+    bias: Tensor | None
 
 
 class _Operands:
@@ -119,42 +144,59 @@ class _RowNumbers:
         return rows.expand(output.shape).clone()
 
 
-def _equalize(owner: nn.Module, operands: _Operands, call: Callable[[], Any]) -> bool:
+def _equalize(owner: nn.Module, operands: _Operands, call: Callable[[], Any]) -> list[_Replaced]:
     query, key = operands.query, operands.key
     rows = _rows(owner, operands, call)
     if rows is None:
-        return False
+        return []
     layers, query_rows, key_rows = rows
     quantizers = operands.quantizers
     largest_query = maximum(_largest(quantizers[0], query))
     largest_key = maximum(_largest(quantizers[1], key))
     if not largest_query.shape == query_rows.shape == largest_key.shape == key_rows.shape:
-        return False
+        return []
     factor = (largest_key / largest_query).sqrt()
     factor = torch.where(factor.isfinite() & (factor > 0), factor, torch.ones_like(factor))
     before = _error(quantizers, query, key)
     after = _error(quantizers, *_scaled(quantizers, query, key, factor))
     if after >= before:
-        return False
-    expected = _first(call())
-    kept = [(layer.weight.clone(), None if layer.bias is None else layer.bias.clone()) for layer in layers]
+        return []
+    expected = tensors_in(call())
+    replaced = [
+        _Replaced(layer, layer.weight.clone(), None if layer.bias is None else layer.bias.clone()) for layer in layers
+    ]
     _scale_rows(layers, query_rows, factor)
     _scale_rows(layers, key_rows, 1 / factor)
-    found = _first(call())
-    if float(maximum((found - expected).abs().max() - 1e-4 * expected.abs().max())) <= 0:
-        return True
-    for layer, (weight, bias) in zip(layers, kept, strict=True):
+    if _alike(expected, tensors_in(call())):
+        return replaced
+    _put_back(replaced)
+    return []
+
+
+def _alike(expected: dict[str, Tensor], found: dict[str, Tensor]) -> bool:
+    """Whether all floating-point outputs are the same on all ranks, but for rounding."""
+    wrong = [torch.zeros(1, device=x.device) for x in expected.values()]
+    for error, (name, x) in zip(wrong, expected.items(), strict=True):
+        y = found.get(name)
+        if y is None or y.shape != x.shape:
+            error.fill_(1.0)
+        elif x.is_floating_point() and x.numel():
+            error.fill_((y - x).abs().max() - 1e-4 * x.abs().max())
+    return not wrong or float(maximum(torch.stack([error.to(wrong[0]) for error in wrong]).max())) <= 0
+
+
+def _put_back(replaced: list[_Replaced]) -> None:
+    for layer, weight, bias in replaced:
         layer.weight.copy_(weight)
         if layer.bias is not None and bias is not None:
             layer.bias.copy_(bias)
-    return False
 
 
 def _rows(
     owner: nn.Module, operands: _Operands, call: Callable[[], Any]
 ) -> tuple[list[QuantizedLinear], Tensor, Tensor] | None:
     """The Linears in question and, as ``(heads, 1, channels)``, the row that each query and key channel is."""
-    layers = [child for child in owner.children() if isinstance(child, QuantizedLinear)]
+    layers = [module for module in owner.modules() if isinstance(module, QuantizedLinear)]
     if not layers:
         return None
     firsts = list(itertools.accumulate((layer.out_features for layer in layers), initial=1))
@@ -233,9 +275,3 @@ def _scale_rows(layers: list[QuantizedLinear], rows: Tensor, factor: Tensor) -> 
         if layer.bias is not None:
             layer.bias[local] *= factor[inside].to(layer.bias.dtype)
         first += layer.out_features
-
-
-def _first(value: Any) -> Tensor:
-    while not isinstance(value, Tensor):
-        value = next(iter(value.values() if isinstance(value, dict) else value))
-    return value

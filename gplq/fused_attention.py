@@ -49,12 +49,12 @@ def quantized_attention(
     groups = lead.numel()
     operands = [flat_heads(x, lead) for x in (query, key, value)]
     # Columns of a product may have scales of their own, its rows never have.
-    scales = [grid.scale.expand(*lead, 1, grid.scale.shape[-1]).flatten(0, -3) for grid in grids]
+    scales = [flat_heads(grid.scale.reshape(*grid.scale.shape[:-2], 1, -1), lead) for grid in grids]
     flat_mask = index = None
     if mask is not None:
         mask = mask.expand(*mask.shape[:-2], query.shape[-2], key.shape[-2])
         heads = mask.shape[:-2]
-        flat_mask = mask.reshape(-1, *mask.shape[-2:])
+        flat_mask = mask.reshape(heads.numel(), *mask.shape[-2:])
         # Which mask belongs to which head, so that one mask for all images is not copied for each.
         index = torch.arange(heads.numel(), device=mask.device).reshape(heads).expand(lead).reshape(groups)
     y: Tensor = _QuantizedAttention.apply(  # type: ignore[no-untyped-call]
@@ -102,7 +102,7 @@ class _QuantizedAttention(torch.autograd.Function):
                 seen = _picked(mask, index, part), _picked(blocked, index, part)
                 attention = _attention(query[part], key[part], *seen)
                 codes = attention.div_(scale[part]).round_().clamp_(*bounds)
-                torch.bmm(codes.mul_(scale[part]).to(dtype), value[part], out=y[part])
+                torch.ops.aten.bmm(codes.mul_(scale[part]).to(dtype), value[part], out=y[part])
         return y
 
     @staticmethod
@@ -128,18 +128,18 @@ class _QuantizedAttention(torch.autograd.Function):
                 attention = _attention(query[part], key[part], *seen)
                 steps = attention / scale[part]
                 codes = steps.round().clamp_(*bounds)
-                at_map = torch.bmm(gradient[part], value[part].transpose(1, 2)).to(scale.dtype)
+                at_map = torch.ops.aten.bmm(gradient[part], value[part].transpose(1, 2)).to(scale.dtype)
                 passed = torch.ops.aten.hardtanh_backward(at_map, steps, *bounds)
                 slope = at_map.mul_(codes).addcmul_(passed, steps, value=-1)
                 to_scale[part] = slope.sum(dim=(1, 2), keepdim=True)
                 restored = codes.mul_(scale[part]).to(ctx.dtype)
-                torch.bmm(restored.transpose(1, 2), gradient[part], out=to_value[part])
+                torch.ops.aten.bmm(restored.transpose(1, 2), gradient[part], out=to_value[part])
                 scores = torch._softmax_backward_data(passed, attention, -1, attention.dtype)
                 if to_mask is not None:
                     to_mask.index_add_(0, index[part], scores.to(to_mask.dtype))
                 scores = scores.to(ctx.dtype)
-                torch.bmm(scores, key[part], out=to_query[part])
-                torch.bmm(scores.transpose(1, 2), query[part], out=to_key[part])
+                torch.ops.aten.bmm(scores, key[part], out=to_query[part])
+                torch.ops.aten.bmm(scores.transpose(1, 2), query[part], out=to_key[part])
             del query, key, value
             to_operands, to_scales = [], []
             for k, own, given, (qmin, qmax, own_factor) in zip(kept, scales, ctx.given, ctx.grids, strict=False):
@@ -172,7 +172,8 @@ def _picked(masks: Tensor | None, index: Tensor | None, part: slice) -> Tensor |
 
 def _attention(query: Tensor, key: Tensor, mask: Tensor | None, blocked: Tensor | None) -> Tensor:
     """The FP32 attention maps ``(heads, n, m)`` of some heads."""
-    scores = torch.bmm(query, key.transpose(1, 2))
+    # ATen's own: a compiler traces this, and must not meet the modes that look for a model's products.
+    scores = torch.ops.aten.bmm(query, key.transpose(1, 2))
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is None or blocked is None:
         return torch.softmax(scores, dim=-1)

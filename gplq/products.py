@@ -32,8 +32,11 @@ def product_operands(
 ) -> tuple[Tensor, Tensor] | None:
     """The operands of a call that multiplies two tensors which are no parameters, None for any other call.
 
-    Such calls are matrix products and einsums of two operands.
+    Such calls are matrix products and einsums of two operands. One that writes into a tensor it is given (``out``) is
+    left as it is: compiled code computes so.
     """
+    if kwargs.get('out') is not None:
+        return None
     if func in _MATMULS:
         operands = (*args, *(kwargs[name] for name in ('input', 'other', 'mat2') if name in kwargs))
     elif func is torch.einsum:
@@ -199,6 +202,7 @@ class _ProductMode(TorchFunctionMode):
         super().__init__()
         self.owner = owner
         self.calls = 0
+        self.gradients = torch.is_grad_enabled()
 
     def __enter__(self) -> _ProductMode:
         _RUNNING.modes.append(self)
@@ -215,6 +219,7 @@ class _ProductMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if _RUNNING.modes[-1] is self:
             if func is F.linear and self.owner.functional_linears:
+                self._check_gradients()
                 return self._linear(*args, **kwargs)
             if func is F.scaled_dot_product_attention:
                 return self._attention(*args, **kwargs)
@@ -223,7 +228,17 @@ class _ProductMode(TorchFunctionMode):
                 return self._product(func, args, kwargs, operands)
         return func(*args, **kwargs)
 
+    def _check_gradients(self) -> None:
+        """Recomputation in backward runs outside of this mode."""
+        if self.owner.training and self.gradients and not torch.is_grad_enabled():
+            raise ProductError(
+                f'{self.owner.owner_name or "the model"}: it computes products without gradients in training, as '
+                'activation checkpointing inside of a module does, and would compute them unquantized in backward; '
+                f"checkpoint the whole module or block, or leave it out with skip=('{self.owner.owner_name}',)"
+            )
+
     def _next(self) -> QuantizedProduct | None:
+        self._check_gradients()
         index = self.calls
         self.calls += 1
         for product in self.owner.quantized_products:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from gplq.autocast import product_dtype
 from gplq.grid import Grid
 from gplq.kept import Kept, gradients, keep, restore
 
 __all__ = ['Source', 'quantized_linear', 'source_of']
-
-_ATTRIBUTE = 'gplq_source'
 
 
 class Source(NamedTuple):
@@ -46,12 +45,16 @@ class Source(NamedTuple):
         return _product(values, self.weight, self.bias, self.dtype)
 
 
+# Beside the tensors and not in their attributes, which are saved with them.
+_SOURCES: MutableMapping[Tensor, tuple[Source, int]] = WeakTensorKeyDictionary()
+
+
 def source_of(y: Tensor) -> Source | None:
     """How :func:`quantized_linear` computed ``y``; None if it did not, or ``y`` was changed since."""
     if torch.compiler.is_compiling():
         return None
-    source, version = getattr(y, _ATTRIBUTE, (None, 0))
-    return source if version == y._version else None
+    source, version = _SOURCES.get(y, (None, 0))
+    return source if source is not None and version == y._version else None
 
 
 def quantized_linear(
@@ -90,13 +93,15 @@ def quantized_linear(
     result: Tensor = y.reshape(*x.shape[:-1], weight.shape[0])
     if result.requires_grad and not torch.compiler.is_compiling():
         source = Source(codes, errors, weight, bias, grid.scale, grid.offset, bounds, dtype)
-        setattr(result, _ATTRIBUTE, (source, result._version))
+        _SOURCES[result] = source, result._version
     return result
 
 
 def _product(values: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     with torch.autocast(values.device.type, enabled=False):
-        return F.linear(values, weight.to(dtype), None if bias is None else bias.to(dtype))
+        # ATen's own: a compiler traces this, and must not meet the modes that look for a model's products.
+        y: Tensor = torch.ops.aten.linear(values, weight.to(dtype), None if bias is None else bias.to(dtype))
+        return y
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -116,6 +121,8 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx.save_for_backward(*kept, weight, scale, offset)
         ctx.bounds, ctx.factor, ctx.dtype, ctx.given, ctx.has_bias = bounds, factor, dtype, x.dtype, bias is not None
         ctx.mark_non_differentiable(*kept)
+        # No zeros for what has no gradient.
+        ctx.set_materialize_grads(False)
         return _product(values, weight, bias, dtype), *kept
 
     @staticmethod
@@ -127,10 +134,10 @@ class _QuantizedLinear(torch.autograd.Function):
         to_x = to_weight = to_bias = to_scale = to_offset = None
         with torch.autocast(gradient.device.type, enabled=False):
             if ctx.needs_input_grad[1]:
-                to_weight = (gradient.t() @ restore(kept, grid, ctx.dtype)).to(weight.dtype)
+                to_weight = torch.ops.aten.mm(gradient.t(), restore(kept, grid, ctx.dtype)).to(weight.dtype)
             if ctx.has_bias and ctx.needs_input_grad[2]:
                 to_bias = gradient.sum(0).to(weight.dtype)
             if any(ctx.needs_input_grad[number] for number in (0, 3, 4)):
-                incoming = gradient @ weight.to(ctx.dtype)
+                incoming = torch.ops.aten.mm(gradient, weight.to(ctx.dtype))
                 to_x, to_scale, to_offset = gradients(kept, incoming, grid, ctx.given)
         return to_x, to_weight, to_bias, to_scale, to_offset, None, None, None

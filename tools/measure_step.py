@@ -83,6 +83,8 @@ def step_of(cfg: Config, method: str) -> Iterator[Callable[[Any], None]]:
         def step(batch: Any) -> None:
             model.train()
             model.train_step(copy.deepcopy(batch), wrapper)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
 
         yield step
 

@@ -97,17 +97,21 @@ def test_refused_with_rotary_embeddings() -> None:
 
 
 class TwoProducts(nn.Module):
-    """Two attentions in one module; relative positions read the second one's queries."""
+    """Two attentions in one module; relative positions may read the second one's queries."""
 
-    def __init__(self) -> None:
+    def __init__(self, relative: bool) -> None:
         super().__init__()
+        self.relative = relative
         self.layers = nn.ModuleDict({name: nn.Linear(16, 16) for name in ('q1', 'k1', 'v1', 'q2', 'k2', 'v2')})
         self.position = nn.Parameter(torch.randn(6, 8))
 
     def forward(self, x: Tensor) -> Tensor:
         q1, k1, v1, q2, k2, v2 = (layer(x).unflatten(-1, (2, 8)).transpose(1, 2) for layer in self.layers.values())
         y = (q1 @ k1.transpose(-2, -1)).softmax(-1) @ v1
-        y = y + (q2 @ k2.transpose(-2, -1) + q2 @ self.position.t()).softmax(-1) @ v2
+        scores = q2 @ k2.transpose(-2, -1)
+        if self.relative:
+            scores = scores + q2 @ self.position.t()
+        y = y + scores.softmax(-1) @ v2
         return y.transpose(1, 2).flatten(2)
 
 
@@ -126,10 +130,16 @@ class Around(nn.Module):
         return self.inner(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize('kind', ['two products', 'nested'])
-def test_modules_with_more_than_one_product(kind: str, toy_vit: Callable[..., nn.Module]) -> None:
+@pytest.mark.parametrize(('kind', 'count'), [('relative', 1), ('two products', 2), ('nested', 2)])
+def test_modules_with_more_than_one_product(kind: str, count: int, toy_vit: Callable[..., nn.Module]) -> None:
     torch.manual_seed(0)
-    made = TwoProducts() if kind == 'two products' else Around(unbalanced(toy_vit(depth=1)).blocks[0].attn)  # type: ignore[index, union-attr]
+    if kind == 'nested':
+        made: nn.Module = Around(unbalanced(toy_vit(depth=1)).blocks[0].attn)  # type: ignore[index, union-attr]
+    else:
+        made = TwoProducts(relative=kind == 'relative')
+        with torch.no_grad():
+            for name, layer in made.layers.items():
+                layer.weight[1] *= {'q': 32, 'k': 1 / 32, 'v': 1}[name[0]]
     model = nn.Sequential(made, nn.Linear(16, 16)).eval()
     x = torch.randn(8, 6, 16)
     gplq.prepare(model, 'w4a4', x)
@@ -137,7 +147,7 @@ def test_modules_with_more_than_one_product(kind: str, toy_vit: Callable[..., nn
         expected = model(x)
         changed = equalize_queries_and_keys(model, [x], default_forward)
         assert torch.allclose(model(x), expected, atol=1e-5)
-    assert changed == (0 if kind == 'two products' else 2)
+    assert changed == count
 
 
 class Text(nn.Module):
@@ -170,6 +180,74 @@ def test_keys_that_images_share(monkeypatch: pytest.MonkeyPatch) -> None:
         expected = model(**batch)
         assert equalize_queries_and_keys(model, [batch], default_forward) == 1
         assert torch.allclose(model(**batch), expected, atol=1e-5)
+
+
+class Leaking(nn.Module):
+    """An attention whose keys somebody else reads as well."""
+
+    def __init__(self, key: nn.Linear, way: str) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(16, 16), key, nn.Linear(16, 16)
+        self.way = way
+        self.last = torch.empty(0)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = (layer(x).unflatten(-1, (2, 8)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        self.last = k.mean(1)
+        y = ((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return y, self.last if self.way == 'output' else y
+
+
+class Reading(nn.Module):
+    """Two of them."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        first = Leaking(nn.Linear(16, 16), way)
+        self.first, self.second = first, Leaking(first.key if way == 'shared' else nn.Linear(16, 16), way)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, other = self.first(x)
+        z, _ = self.second(y)
+        if self.way == 'output':
+            z = z + other.mean()
+        if self.way == 'attribute':
+            z = z * (1 + self.first.last.abs().mean())
+        return z  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize('way', ['output', 'attribute', 'shared', 'nobody'])
+def test_keys_that_others_read(way: str) -> None:
+    torch.manual_seed(0)
+    model = Reading(way).eval()
+    with torch.no_grad():
+        for attention in (model.first, model.second):
+            attention.query.weight[1] *= 32
+        model.first.key.weight[1] /= 32
+        if way != 'shared':
+            model.second.key.weight[1] /= 32
+    x = torch.randn(8, 6, 16)
+    gplq.prepare(model, 'w4a4', x)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(x)
+        changed = equalize_queries_and_keys(model, [x], default_forward)
+        assert torch.allclose(model(x), expected, atol=1e-5)
+    assert (changed > 0) == (way == 'nobody')
+    if not changed:
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_the_hooks_of_a_user_run_once_on_an_input(toy_vit: Callable[..., nn.Module], images: Tensor) -> None:
+    model = prepared(unbalanced(toy_vit()), images)
+    attention = model.blocks[0].attn  # type: ignore[index, union-attr]
+    attention.register_forward_pre_hook(lambda module, args: (args[0] * 3,))  # type: ignore[union-attr]
+    seen = []
+    attention.qkv.register_forward_hook(lambda module, args, y: seen.append(float(args[0].norm())))  # type: ignore[union-attr]
+    equalize_queries_and_keys(model, [images], default_forward)
+    assert len(seen) > 3
+    assert seen == pytest.approx([seen[0]] * len(seen))
 
 
 def test_the_error_in_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

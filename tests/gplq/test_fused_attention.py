@@ -85,3 +85,13 @@ def test_autocast_multiplies_in_its_own_type(tensors, written_out_lsq):
     close = torch.isclose(y.float(), expected.float(), rtol=2**-7, atol=1e-2)
     assert close.float().mean() > 0.9
     assert (y.float() - expected.float()).abs().max() <= 0.1 * value.abs().max() * 2
+
+
+@pytest.mark.parametrize(('lead', 'queries'), [((), 5), ((4,), 0), ((4, 2), 0)])
+@pytest.mark.parametrize('masked', [False, True])
+def test_no_heads_and_no_queries(lead, queries, masked, written_out_lsq) -> None:
+    query, key, value = torch.randn(*lead, queries, D), torch.randn(*lead, M, D), torch.randn(*lead, M, D)
+    mask = torch.randn(*lead, queries, M) if masked else None
+    grids = grids_of([torch.tensor([size]) for size in (0.4, 0.5, 0.4, 0.03)])
+    y = quantized_attention(query, key, value, mask, grids)
+    assert torch.allclose(y, written_out(written_out_lsq, query, key, value, mask, grids), atol=1e-6)

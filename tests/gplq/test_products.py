@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import gplq
 from gplq.errors import ProductError
@@ -212,6 +213,68 @@ def test_compiles_in_one_graph(toy_vit: Callable[..., nn.Module], images: Tensor
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     with torch.no_grad():
         assert torch.allclose(compiled(images), model(images), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fused', [False, True])
+@pytest.mark.parametrize('backend', ['aot_eager', 'inductor'])
+def test_trains_compiled(toy_vit: Callable[..., nn.Module], images: Tensor, fused: bool, backend: str) -> None:
+    model = toy_vit(depth=1, fused=fused)
+    gplq.prepare(model, 'w4a4', images[:2])
+    gplq.calibrate(model, [images])
+    model.train()
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True, backend=backend)):
+        model.zero_grad()
+        y = run(images)
+        y.square().sum().backward()
+        weights = {name: p.grad for name, p in model.named_parameters() if 'log_scale' not in name}
+        results.append((y.detach(), {name: x for name, x in weights.items() if x is not None}))
+    (expected, theirs), (found, mine) = results
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert mine.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert torch.allclose(mine[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max())), name
+
+
+class Given(nn.Module):
+    """An attention that computes as it is told."""
+
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.attend = attend
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(*self.qkv(x).chunk(3, dim=-1))
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def test_a_product_into_a_given_tensor_is_not_taken_for_a_result() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = torch.zeros_like(v)
+        torch.bmm((q @ k.transpose(-2, -1)).softmax(-1), v, out=y)
+        return y
+
+    with torch.no_grad(), pytest.raises(ProductError, match='name the attention module in skip'):
+        gplq.prepare(nn.Sequential(Given(attend)).eval(), 'w4a4', torch.randn(4, 6, 16))
+
+
+@pytest.mark.parametrize('reentrant', [True, False])
+def test_checkpointing_within_a_module_is_refused(reentrant: bool) -> None:
+    def attend(*operands: Tensor) -> Tensor:
+        return checkpoint(softmax_attention, *operands, use_reentrant=reentrant)  # type: ignore[no-any-return]
+
+    x = torch.randn(4, 6, 16)
+    model = nn.Sequential(Given(attend), nn.Linear(16, 16))
+    gplq.prepare(model, 'w4a4', x)
+    gplq.calibrate(model, [x])
+    model.train()
+    with pytest.raises(ProductError if reentrant else CheckpointError, match='checkpoint'):
+        model(x).sum().backward()
 
 
 def test_threads_do_not_see_each_others_products(toy_vit: Callable[..., nn.Module], images: Tensor) -> None:

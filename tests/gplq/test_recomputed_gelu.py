@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 
@@ -155,3 +156,20 @@ def test_classes_of_others_stay() -> None:
     model = nn.Sequential(nn.Linear(8, 32), Own(), nn.Linear(32, 4))
     gplq.prepare(model, 'w4a4', torch.randn(2, 8))
     assert type(model[1]) is Own
+
+
+def test_runs_in_inference_mode() -> None:
+    images = torch.randn(6, 8)
+    model = mlp(images).eval()
+    with torch.no_grad():
+        expected = model(images)
+    with torch.inference_mode():
+        assert torch.equal(model(images), expected)
+
+
+def test_an_output_is_saved_without_what_it_was_computed_from() -> None:
+    images = torch.randn(6, 8)
+    model, file = mlp(images), io.BytesIO()
+    torch.save(model(images), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True).shape == (6, 4)
