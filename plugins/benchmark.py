@@ -52,6 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f'mimicking {weight:g}': {'mimicking': weight} for weight in (0.1, 10.0)},
     **{f'PCA {share} %': {'stage.explained_variance': share / 100} for share in (30, 90)},
     **{f'{count} iterations': {'iterations': count} for count in (1, 10, 100, 1000)},
+    '1 epoch': {'minimum_iterations': 0},
     'scales only': {'stage.lr': 0.0},
     'nearest': {'recipe.rounding': 'nearest'},
     'reconstruct': {'recipe.rounding': 'reconstruct'},
