@@ -42,9 +42,9 @@ def equalize_queries_and_keys(model: nn.Module, batches: Iterable[Any], forward:
         if (product.left.site, product.right.site) == ('query', 'key'):
             owner = model.get_submodule(product.owner)
             visits.append((owner, _Visit(product_of(owner, product.index))))
-    batch = next(iter(bounded(batches, 1)))
     if not visits:
         return 0
+    batch = next(iter(bounded(batches, 1)))
     expected = tensors_in(forward(model, batch))
     # In front of the user's own hooks, which run on what is given to the module.
     handles = [

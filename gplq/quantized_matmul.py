@@ -84,13 +84,18 @@ class _QuantizedMatmul(torch.autograd.Function):
         left_codes, left_errors, right_codes, right_errors, *parameters = ctx.saved_tensors
         of_left, of_right = _grids(ctx.bounds, *parameters)
         right = Kept(right_codes, right_errors)
-        left = keep(left_codes, of_left, ctx.dtype)[0] if ctx.left_stays else Kept(left_codes, left_errors)
+        if ctx.left_stays:
+            left, values = keep(left_codes, of_left, ctx.dtype)
+        else:
+            left = Kept(left_codes, left_errors)
+            values = restore(left, of_left, ctx.dtype)
         gradient = arguments[0].to(ctx.dtype)
         with torch.autocast(gradient.device.type, enabled=False):
+            incoming = torch.ops.aten.matmul(values.mT, gradient)
+            del values
+            to_right, to_right_scale, to_right_offset = gradients(right, incoming, of_right, ctx.given[1])
             incoming = torch.ops.aten.matmul(gradient, restore(right, of_right, ctx.dtype).mT)
             to_left, to_left_scale, to_left_offset = gradients(left, incoming, of_left, ctx.given[0])
-            incoming = torch.ops.aten.matmul(restore(left, of_left, ctx.dtype).mT, gradient)
-            to_right, to_right_scale, to_right_offset = gradients(right, incoming, of_right, ctx.given[1])
         return to_left, to_right, to_left_scale, to_right_scale, to_left_offset, to_right_offset, None, None, None
 
 

@@ -36,16 +36,23 @@ def watch_allocated() -> Iterator[Allocated]:
         yield result
         result.peak_mb = (torch.cuda.max_memory_allocated() - before) / 2**20
         return
-    if not sys.platform.startswith('linux') or not hasattr(ctypes.CDLL(None), 'mallinfo2'):
+    mallinfo2 = getattr(ctypes.CDLL(None), 'mallinfo2', None) if sys.platform.startswith('linux') else None
+    if mallinfo2 is None:
         yield result
         return
-    before = _allocated()
+    mallinfo2.restype = _Mallinfo
+
+    def allocated() -> int:
+        found = mallinfo2()
+        return int(found.uordblks + found.hblkhd)
+
+    before = allocated()
     peak, done = before, threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.is_set():
-            peak = max(peak, _allocated())
+            peak = max(peak, allocated())
             time.sleep(_INTERVAL)
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -65,11 +72,3 @@ class _Mallinfo(ctypes.Structure):
         (name, ctypes.c_size_t)
         for name in 'arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost'.split()
     ]
-
-
-def _allocated() -> int:
-    """Bytes of this process's heap that are in use."""
-    mallinfo2 = ctypes.CDLL(None).mallinfo2
-    mallinfo2.restype = _Mallinfo
-    found = mallinfo2()
-    return int(found.uordblks + found.hblkhd)
