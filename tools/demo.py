@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -101,15 +100,6 @@ def run_tool(title: str, name: str, *args: str | Path, options: dict[str, Any]) 
     if done.returncode:
         sys.exit(f'tools/{name} failed; its log is above')
     return (time.perf_counter() - start) / 60
-
-
-def computes_bfloat16() -> bool:
-    """Whether bfloat16 is faster than float32 here: on GPUs, and on CPUs with instructions for it."""
-    if os.environ.get('CUDA_VISIBLE_DEVICES') != '' and Path('/proc/driver/nvidia').exists():
-        return True
-    cpuinfo = Path('/proc/cpuinfo')
-    flags = cpuinfo.read_text().split() if cpuinfo.is_file() else []
-    return 'amx_bf16' in flags or 'avx512_bf16' in flags
 
 
 def train_fp32(work: Path, scale: Scale, options: dict[str, Any]) -> tuple[Path, float]:
@@ -224,8 +214,6 @@ def main() -> None:
         'randomness.seed': args.seed,
         'train_dataloader.batch_size': scale.batch,
     }
-    if not computes_bfloat16():
-        options['optim_wrapper.type'] = 'OptimWrapper'
     checkpoint, minutes = train_fp32(work / 'fp32', scale, options)
 
     options['load_from'] = checkpoint

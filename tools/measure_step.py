@@ -23,12 +23,14 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from gplq.activation_stage import parameter_groups
 from gplq.errors import GPLQError
 from gplq.plugins.allocated import watch_allocated
+from gplq.plugins.amp import computes_bfloat16
 from gplq.plugins.campaign import check_hook
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
 from gplq.plugins.hooks import ActivationQATHook
@@ -115,7 +117,8 @@ def precision(cfg: Config) -> str:
     """In which dtype the config trains."""
     kind = str(cfg.optim_wrapper.get('type', 'OptimWrapper'))
     if 'BFloat16' in kind:
-        return 'bfloat16'
+        emulates = cfg.optim_wrapper.get('emulate', False)
+        return 'bfloat16' if emulates or computes_bfloat16(get_device()) else 'float32'
     return str(cfg.optim_wrapper.get('dtype') or 'float16') if 'Amp' in kind else 'float32'
 
 

@@ -113,7 +113,6 @@ def detector(tiny_detector_config: Path, tmp_path: Path) -> Callable[..., Runner
 
     def make(
         name: str = 'run',
-        wrapper: str | None = None,
         load_from: str | None = None,
         change: Callable[[Config], None] | None = None,
         **hook: Any,
@@ -125,8 +124,6 @@ def detector(tiny_detector_config: Path, tmp_path: Path) -> Callable[..., Runner
         cfg.default_hooks.gplq = {**arguments, 'recipe': few, 'stage': stage, **hook}
         cfg.load_from = load_from or str(tmp_path / 'fp32.pth')
         cfg.work_dir, cfg.experiment_name = str(tmp_path / name), f'{tmp_path.name}{name}'
-        if wrapper:
-            cfg.optim_wrapper.type = wrapper
         if change is not None:
             change(cfg)
         return Runner.from_cfg(cfg)

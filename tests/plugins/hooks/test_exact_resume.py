@@ -67,6 +67,7 @@ def accumulated(config: Config) -> None:
 
 def bfloat16(config: Config) -> None:
     config.optim_wrapper.type = 'gplq.plugins.amp.BFloat16OptimWrapper'
+    config.optim_wrapper.emulate = True
 
 
 def own_schedule(config: Config) -> None:

@@ -193,6 +193,7 @@ def test_gradient_clipping_and_accumulation_stay(rates: Callable) -> None:
 def test_mixed_precision_on_the_cpu(train: Train, log_of: Callable[[Runner], str]) -> None:
     def change(config: Config) -> None:
         config.optim_wrapper.type = 'gplq.plugins.amp.BFloat16OptimWrapper'
+        config.optim_wrapper.emulate = True
 
     runner = train(change=change)
     assert type(runner.optim_wrapper).__name__ == 'BFloat16OptimWrapper'

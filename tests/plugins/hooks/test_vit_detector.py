@@ -11,6 +11,7 @@ from typing import Any
 import gplq.plugins.detection  # noqa: F401  isort: skip
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.runner import Runner
 
 from gplq.errors import TargetError
@@ -22,7 +23,11 @@ def steps_of(runner: Runner) -> list[dict[str, Any]]:
 
 
 def test_three_steps_in_mixed_precision(detector: Callable[..., Runner]) -> None:
-    runner = detector(wrapper='gplq.plugins.amp.BFloat16OptimWrapper')
+    def in_bfloat16(config: Config) -> None:
+        config.optim_wrapper.type = 'gplq.plugins.amp.BFloat16OptimWrapper'
+        config.optim_wrapper.emulate = True
+
+    runner = detector(change=in_bfloat16)
     runner.train()
     steps = steps_of(runner)
     assert [step['step'] for step in steps] == ['FP32', 'W32A4', 'W4A4']

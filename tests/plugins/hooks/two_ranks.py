@@ -55,6 +55,7 @@ def change(config: Config, what: str, share: int) -> None:
         config.custom_hooks = [dict(type='EMAHook', momentum=0.1)]
     if what == 'mixed':
         config.optim_wrapper.type = 'gplq.plugins.amp.BFloat16OptimWrapper'
+        config.optim_wrapper.emulate = True
     if what == 'accumulated':
         config.optim_wrapper.update(accumulative_counts=2, clip_grad=dict(max_norm=0.1))
 
