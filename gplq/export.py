@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from gplq.errors import CalibrationError, StageError, TargetError
 from gplq.exported import exported_twin
 from gplq.files import write_bytes_atomically
+from gplq.onnx_graph import onnx_graph
 from gplq.record import Stage, record_of
 
 if TYPE_CHECKING:
     import onnx
 
 __all__ = ['export']
-
-# The first opset with 4-bit integers, which both ONNX Runtime and OpenVINO read.
-OPSET = 21
 
 
 def export(
@@ -65,38 +61,11 @@ def export(
         raise CalibrationError('export needs example_inputs, a batch of what the exported part takes')
     twin = exported_twin(model)
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    graph = _trace(twin.get_submodule(part), inputs, fixed_batch)
+    graph = onnx_graph(twin.get_submodule(part), inputs, fixed_batch)
     _pack_weights(graph)
     onnx.helper.set_model_props(graph, {'gplq_recipe': json.dumps(record_of(model).plan.recipe.to_dict())})
     onnx.checker.check_model(graph)
     write_bytes_atomically(path, graph.SerializeToString())
-
-
-def _trace(module: nn.Module, inputs: tuple[Tensor, ...], fixed_batch: bool) -> onnx.ModelProto:
-    shapes: Any = None if fixed_batch else tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
-    try:
-        # Its warnings are of its own future.
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            program = torch.onnx.export(
-                module,
-                inputs,
-                dynamo=True,
-                dynamic_shapes=shapes,
-                opset_version=OPSET,
-                verbose=False,
-                input_names=['input'] if len(inputs) == 1 else [f'input_{number}' for number in range(len(inputs))],
-            )
-    except torch.onnx.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        remedy = '' if fixed_batch else '; try fixed_batch=True'
-        raise TargetError(f'torch.onnx cannot export {type(module).__name__} ({reason:.200}){remedy}') from error
-    assert program is not None
-    graph: onnx.ModelProto = program.model_proto
-    # Lines of source code and the paths of this machine.
-    for item in (graph.graph, *graph.graph.node, *graph.graph.initializer, *graph.graph.value_info):
-        del item.metadata_props[:]
-    return graph
 
 
 def _pack_weights(graph: onnx.ModelProto) -> None:

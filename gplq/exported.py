@@ -21,6 +21,9 @@ __all__ = ['codes_of', 'exported_twin']
 # Codes are stored as unsigned bytes with a zero point: x86 machines multiply unsigned by signed bytes, and ONNX Runtime
 # would convert signed ones itself.
 _CODES = torch.uint8
+# x86 machines without VNNI add two products of bytes, an unsigned one by a signed one, in 16 bits: larger signed codes
+# would be cut off there without a word. Two unsigned bytes are multiplied otherwise.
+_LARGEST_SIGNED = 32767 // (2 * 255)
 
 
 def exported_twin(model: nn.Module) -> nn.Module:
@@ -114,7 +117,10 @@ def _wide(scale: Tensor, x: Tensor) -> Tensor:
 
 
 class _Matrix(nn.Module):
-    """Values of a rounded weight, read from its codes; one scale and zero point along ``axis``."""
+    """Values of a rounded weight, read from its codes; one scale and zero point along ``axis``.
+
+    Codes without zero point are signed bytes, if no machine can be wrong about them, else unsigned ones around 128.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -122,6 +128,8 @@ class _Matrix(nn.Module):
 
     def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> None:
         super().__init__()
+        if zero_point is None and int(codes.abs().max()) > _LARGEST_SIGNED:
+            codes, zero_point = codes + 128, torch.full_like(scale, 128)
         dtype = torch.int8 if zero_point is None else torch.uint8
         zeros = torch.zeros_like(scale) if zero_point is None else zero_point
         self.register_buffer('codes', codes.to(dtype).contiguous())

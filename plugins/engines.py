@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gplq.errors import CheckpointError, StageError
 
-__all__ = ['ENGINES', 'Engine', 'open_onnxruntime', 'open_openvino', 'with_codes']
+__all__ = ['ENGINES', 'Engine', 'open_onnxruntime', 'open_openvino', 'openvino_computes_bfloat16', 'with_codes']
 
 Array = NDArray[np.generic]
 
@@ -64,15 +64,20 @@ def open_onnxruntime(path: Path, threads: int = 1) -> Engine:
     )
 
 
-def open_openvino(path: Path, threads: int = 1) -> Engine:
-    """OpenVINO, what is not on integers in FP32; the precisions are those of its runtime graph.
+def open_openvino(path: Path, threads: int = 1, precision: str = 'f32') -> Engine:
+    """OpenVINO; the precisions of products are those of its runtime graph.
+
+    Args:
+        path: of the file.
+        threads: that it may use.
+        precision: of what is not on integers, as OpenVINO calls it.
 
     Raises:
         StageError: if it is not installed.
         CheckpointError: if it cannot load the file.
     """
     openvino = _require('openvino')
-    settings = {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32'}
+    settings = {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': precision}
     try:
         compiled = openvino.Core().compile_model(str(path), 'CPU', settings)
     except RuntimeError as error:
@@ -87,6 +92,15 @@ def open_openvino(path: Path, threads: int = 1) -> Engine:
         integer,
         len(products) - integer,
     )
+
+
+def openvino_computes_bfloat16() -> bool:
+    """Whether OpenVINO uses bfloat16 on this processor.
+
+    Raises:
+        StageError: if it is not installed.
+    """
+    return 'BF16' in _require('openvino').Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES')
 
 
 ENGINES = {'onnxruntime': open_onnxruntime, 'openvino': open_openvino}

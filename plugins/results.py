@@ -54,6 +54,8 @@ PACKAGES = (
     'mmcv-lite',
     'mmdet',
     'pycocotools',
+    'onnxruntime',
+    'openvino',
 )
 
 

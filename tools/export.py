@@ -2,28 +2,37 @@
 
 The file's outputs are compared with the model's on images of the config's validation data: how many codes of
 activations are equal, how many products the engine runs on integers by its own account, and, for a classifier, top-1.
+With --rounds the file is timed against the FP32 model in the same engine, and in bfloat16 where the engine computes
+that here, all in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import statistics
 import tempfile
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
 import gplq
 from gplq.errors import CheckpointError, GPLQError
 from gplq.exported import codes_of, exported_twin
+from gplq.onnx_graph import onnx_graph
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
-from gplq.plugins.engines import ENGINES, Engine, with_codes
+from gplq.plugins.engines import ENGINES, Engine, open_openvino, openvino_computes_bfloat16, with_codes
 from gplq.plugins.hooks.model import is_classifier, model_of
 from gplq.plugins.hooks.restore_hook import RestoreHook
 from gplq.plugins.preflight import preflight
-from gplq.record import is_prepared
+from gplq.plugins.results import ResultRow, append_row, commit, file_sha256, repeat_command, versions
+from gplq.record import is_prepared, record_of
 
 EXAMPLE = """example:
   python tools/export.py configs/vit-mini_objects100.py work_dirs/gplq_vit-mini_objects100/gplq_w4a4.pth vit.onnx
@@ -41,6 +50,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--part', default='', help="submodule to export, such as a detector's backbone; default: all")
     parser.add_argument('--images', type=int, default=256, help='to compare on (default: 256)')
     parser.add_argument('--engines', nargs='*', choices=ENGINES, default=list(ENGINES), help='default: both')
+    parser.add_argument('--rounds', type=int, default=0, help='of the timing (default: 0, none)')
+    parser.add_argument('--batch', type=int, default=1, help='images at a time in the timing (default: 1)')
+    parser.add_argument('--threads', type=int, default=1, help='of the engines (default: 1)')
+    parser.add_argument('--rows', type=Path, metavar='FILE.jsonl', help='append the figures as result rows')
     add_run_arguments(parser)
     return parser.parse_args()
 
@@ -84,48 +97,158 @@ def labels_of(batch: dict[str, Any]) -> Tensor | None:
     return torch.cat(known) if known and len(known) == len(labels) else None
 
 
-def report(engine: Engine, path: Path, twin: nn.Module, model: nn.Module, data: list[Any], open_engine: Any) -> None:
+def compare(engine: Engine, watching: Engine, twin: nn.Module, model: nn.Module, data: list[Any]) -> dict[str, float]:
+    """What the engine makes of the file: shares in percent, and for a classifier top-1 here and in PyTorch."""
     right = theirs = equal = codes = labelled = 0
-    with tempfile.TemporaryDirectory() as folder:
-        seen_path = Path(folder, 'codes.onnx')
-        count = with_codes(path, seen_path)
-        watching = open_engine(seen_path)
-        for images, labels in data:
-            for own, found in zip(codes_of(twin, images), watching.run(images.numpy())[-count:], strict=True):
-                equal += int((own == torch.from_numpy(found)).sum())
-                codes += own.numel()
-            if labels is not None:
-                with torch.no_grad():
-                    right += int((model(images).argmax(1) == labels).sum())
-                theirs += int((torch.from_numpy(engine.run(images.numpy())[0]).argmax(1) == labels).sum())
-                labelled += len(labels)
-    print(f'{engine.name}: {engine.integer} products on integers, {engine.floating} in floating point')
-    print(f'  codes equal to those in PyTorch: {100 * equal / codes:.4f} % of {codes:,}')
+    for images, labels in data:
+        own = codes_of(twin, images)
+        for ours, found in zip(own, watching.run(images.numpy())[-len(own) :], strict=True):
+            equal += int((ours == torch.from_numpy(found)).sum())
+            codes += ours.numel()
+        if labels is not None:
+            with torch.no_grad():
+                right += int((model(images).argmax(1) == labels).sum())
+            theirs += int((torch.from_numpy(engine.run(images.numpy())[0]).argmax(1) == labels).sum())
+            labelled += len(labels)
+    figures = {
+        'equal_codes': 100 * equal / codes,
+        'integer_products': engine.integer,
+        'float_products': engine.floating,
+    }
     if labelled:
-        print(
-            f'  top-1 {100 * theirs / labelled:.2f} %, in PyTorch {100 * right / labelled:.2f} %, on {labelled} images'
-        )
+        figures |= {'top1': 100 * theirs / labelled, 'top1_torch': 100 * right / labelled}
+    return figures
+
+
+def time_in_turn(engines: Mapping[str, Engine], images: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each engine on the same images in each round, after two rounds to warm up."""
+    array = images.numpy()
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for number in range(rounds + 2):
+        for name in sorted(engines, reverse=number % 2 == 0):
+            start = time.perf_counter()
+            engines[name].run(array)
+            if number >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def rivals(name: str, path: Path, threads: int) -> Iterator[tuple[str, Engine]]:
+    """The FP32 model in an engine's floating-point precisions."""
+    yield 'float32', ENGINES[name](path, threads)
+    if name == 'openvino' and openvino_computes_bfloat16():
+        yield 'bfloat16', open_openvino(path, threads, 'bf16')
+
+
+def write_fp32(runner: Runner, part: str, example: Tensor, path: Path) -> None:
+    """The config's model, unquantized; how long it takes does not depend on its weights."""
+    settings = copy.deepcopy(runner.cfg.model)
+    settings.init_cfg = None
+    model = MODELS.build(settings).cpu().eval()
+    path.write_bytes(onnx_graph(model.get_submodule(part), (example,)).SerializeToString())
+
+
+def measure(args: argparse.Namespace, runner: Runner, data: list[Any]) -> None:
+    """Print what each engine makes of the file, and keep it where rows are asked for."""
+    model = model_of(runner)
+    twin = exported_twin(model).get_submodule(args.part)
+    recipe = record_of(model).plan.recipe
+    widths = {'quantized': (recipe.weight_bits, recipe.activation_bits)}
+    with tempfile.TemporaryDirectory() as folder:
+        fp32, watched = Path(folder, 'fp32.onnx'), Path(folder, 'codes.onnx')
+        with_codes(args.output, watched)
+        if args.rounds:
+            write_fp32(runner, args.part, example_of(data), fp32)
+        for name in args.engines:
+            engine = ENGINES[name](args.output, args.threads)
+            figures = compare(engine, ENGINES[name](watched, args.threads), twin, model.get_submodule(args.part), data)
+            print(f'{engine.name}: {engine.integer} products on integers, {engine.floating} in floating point')
+            print(f'  codes equal to those in PyTorch: {figures["equal_codes"]:.4f} %')
+            if 'top1' in figures:
+                count = sum(len(images) for images, _ in data)
+                print(f'  top-1 {figures["top1"]:.2f} %, in PyTorch {figures["top1_torch"]:.2f} %, on {count} images')
+            found = {'quantized': figures}
+            if args.rounds:
+                timed = {'quantized': engine, **dict(rivals(name, fp32, args.threads))}
+                images = torch.cat([images for images, _ in data])[: args.batch]
+                for kind, figures in latencies(time_in_turn(timed, images, args.rounds)).items():
+                    found[kind] = {**found.get(kind, {}), **figures}
+                    print(
+                        f'  {kind}: {figures["latency_ms"]:.2f} ms for {len(images)} images, '
+                        f'{figures["latency_ratio"]:.2f} of float32'
+                    )
+            if args.rows:
+                for kind, figures in found.items():
+                    for metric, value in figures.items():
+                        append_row(args.rows, _row(args, runner, kind, widths, engine.name, metric, value))
+
+
+def latencies(seconds: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Median milliseconds, and the median over rounds of the ratio to float32."""
+    floating = seconds['float32']
+    return {
+        kind: {
+            'latency_ms': 1000 * statistics.median(own),
+            'latency_ratio': statistics.median(a / b for a, b in zip(own, floating, strict=True)),
+        }
+        for kind, own in seconds.items()
+    }
+
+
+def _row(
+    args: argparse.Namespace,
+    runner: Runner,
+    kind: str,
+    widths: Mapping[str, tuple[int, int]],
+    engine: str,
+    metric: str,
+    value: float,
+) -> ResultRow:
+    weight_bits, activation_bits = widths.get(kind, (32, 32))
+    return ResultRow(
+        benchmark='export',
+        split=runner.cfg.val_dataloader.dataset.get('split', 'dev'),
+        model=Path(args.config).stem.removeprefix('gplq_'),
+        scope='backbone',
+        checkpoint_sha256=file_sha256(args.checkpoint),
+        method='gplq' if kind == 'quantized' else 'fp32',
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        effective_bits=None,
+        seed=0,
+        metric=metric,
+        value=value,
+        minutes=None,
+        peak_memory_mb=None,
+        artifact_bytes=args.output.stat().st_size if kind == 'quantized' else None,
+        command=repeat_command(),
+        commit=commit(),
+        versions=versions(),
+        variant=engine if kind in ('quantized', 'float32') else f'{engine}, {kind}',
+    )
 
 
 def main() -> None:
     args = parse_args()
-    if args.images < 1:
-        raise GPLQError(f'--images {args.images} must be at least 1')
+    for name, least in (('images', 1), ('rounds', 0), ('batch', 1), ('threads', 1)):
+        if getattr(args, name) < least:
+            raise GPLQError(f'--{name} {getattr(args, name)} must be at least {least}')
     runner = load(args)
     model = model_of(runner).cpu().eval()
     if not args.part and not is_classifier(model):
         raise GPLQError(
             f'{type(model).__name__} cannot be exported as a whole: name what takes images, --part backbone'
         )
-    data = batches(runner, args.images)
-    images = data[0][0]
-    example = images[:2] if len(images) > 1 else images.repeat(2, 1, 1, 1)
-    gplq.export(model, args.output, example, part=args.part)
+    data = batches(runner, max(args.images, args.batch if args.rounds else 1))
+    gplq.export(model, args.output, example_of(data), part=args.part)
     print(f'{args.output}: {args.output.stat().st_size / 1e6:.2f} MB')
-    twin = exported_twin(model).get_submodule(args.part)
-    for name in args.engines:
-        open_engine = ENGINES[name]
-        report(open_engine(args.output), args.output, twin, model.get_submodule(args.part), data, open_engine)
+    measure(args, runner, data)
+
+
+def example_of(data: list[Any]) -> Tensor:
+    """Two images, to trace a model with."""
+    images: Tensor = data[0][0]
+    return images[:2] if len(images) > 1 else images.repeat(2, 1, 1, 1)
 
 
 if __name__ == '__main__':

@@ -140,6 +140,21 @@ def test_openvino_gives_the_same(quantized: Callable[..., nn.Module], images: Te
     assert precisions <= {'u8', 'i8'}
 
 
+def test_signed_codes_never_overflow_sixteen_bits(
+    quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path
+) -> None:
+    """Two products of a byte up to 255 by a signed code are added in 16 bits where there is no VNNI."""
+    gplq.export(quantized('w4a4'), tmp_path / 'model.onnx', images[:2])
+    graph = onnx.load(tmp_path / 'model.onnx').graph
+    codes = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    weights = [
+        codes[node.input[0]] for node in graph.node if node.op_type == 'DequantizeLinear' if node.input[0] in codes
+    ]
+    assert sorted(str(w.dtype) for w in weights) == ['uint8', 'uint8'], 'patch embedding and classifier have 8 bits'
+    packed = [array for name, array in codes.items() if name.endswith('.packed')]
+    assert len(packed) == 8 and all(2 * 255 * abs(array.astype(int)).max() <= 32767 for array in packed)
+
+
 def test_weights_take_half_a_byte(quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path) -> None:
     """All of both blocks; the first and the last layer have 8 bits."""
     model = quantized('w4a4')

@@ -19,6 +19,7 @@ from mmengine.runner import Runner
 
 from gplq.errors import CheckpointError, DataError, StageError
 from gplq.plugins.hooks.restore_hook import RestoreHook
+from gplq.plugins.results import read_rows
 from gplq.record import record_of
 
 _numbers = itertools.count()
@@ -108,10 +109,19 @@ def test_export_compares_top_1(make_config: Callable[..., Config], tmp_path: Pat
     config.dump(tmp_path / 'config.py')
     checkpoint = Path(runner.work_dir, 'gplq_w4a4.pth')
     command = [sys.executable, str(TOOLS / 'export.py'), str(tmp_path / 'config.py'), str(checkpoint), 'model.onnx']
+    command += ['--rounds', '3', '--batch', '2', '--rows', 'rows.jsonl']
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     found = re.findall(r'top-1 ([\d.]+) %, in PyTorch ([\d.]+) %, on 6 images', done.stdout)
     assert len(found) == 2 and all(engine == torch_ for engine, torch_ in found)
+    rows = read_rows(tmp_path / 'rows.jsonl')
+    for engine in {row.variant for row in rows}:
+        mine = {(row.method, row.metric): row for row in rows if row.variant == engine}
+        assert mine['fp32', 'latency_ms'].value > 0
+        if ', ' not in engine:
+            assert mine['fp32', 'latency_ratio'].value == 1
+            assert mine['gplq', 'integer_products'].weight_bits == 4
+            assert {metric for method, metric in mine if method == 'gplq'} >= {'latency_ms', 'equal_codes', 'top1'}
 
 
 def test_without_labels(make_config: Callable[..., Config]) -> None:
