@@ -2,6 +2,7 @@
 PYTHON ?= python3
 QUICK ?= 0
 ARGS ?=
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ help:
 	@echo 'make setup           install everything into $(VENV), in the versions of constraints.txt'
 	@echo 'make demo            FP32 Mask R-CNN to 4 bits on generated images (up to 15 minutes on two cores)'
 	@echo 'make demo QUICK=1    the same path in a minute and a half, with figures that mean nothing'
-	@echo 'make test            run the tests; ARGS="-m slow" or any other pytest arguments'
+	@echo 'make test            run the tests; ARGS="-m slow" or any other pytest arguments, WORKERS=4 at a time'
 	@echo 'make lint            ruff and mypy, as pre-commit runs them'
 	@echo 'PYTHON=python3.10    the interpreter of a new environment, 3.10 to 3.12 (now: $(PYTHON))'
 
@@ -39,8 +40,9 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python tools/demo.py $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
+# Most of a test's time is spent on one core, in the interpreter.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
