@@ -13,9 +13,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ __all__ = [
     'Measurement',
     'ResultError',
     'ResultRow',
+    'append_figures',
     'append_row',
     'commit',
     'file_sha256',
@@ -156,6 +157,12 @@ def append_row(path: str | os.PathLike[str], row: ResultRow) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def append_figures(path: str | os.PathLike[str], row: ResultRow, figures: Mapping[str, float]) -> None:
+    """Add a row for each figure, alike but for metric and value, which ``row``'s own give way to."""
+    for metric, value in figures.items():
+        append_row(path, replace(row, metric=metric, value=value))
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[ResultRow]:

@@ -12,7 +12,6 @@ import argparse
 import copy
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,9 @@ from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_con
 from gplq.plugins.engines import ENGINES, Engine, open_openvino, openvino_computes_bfloat16, with_codes
 from gplq.plugins.hooks.model import is_classifier, model_of
 from gplq.plugins.hooks.restore_hook import RestoreHook
+from gplq.plugins.paired_timing import WARM_UP, time_in_turn
 from gplq.plugins.preflight import preflight
-from gplq.plugins.results import ResultRow, append_row, commit, file_sha256, repeat_command, versions
+from gplq.plugins.results import ResultRow, append_figures, commit, file_sha256, repeat_command, versions
 from gplq.record import is_prepared, record_of
 
 EXAMPLE = """example:
@@ -97,12 +97,16 @@ def labels_of(batch: dict[str, Any]) -> Tensor | None:
     return torch.cat(known) if known and len(known) == len(labels) else None
 
 
-def compare(engine: Engine, watching: Engine, twin: nn.Module, model: nn.Module, data: list[Any]) -> dict[str, float]:
-    """What the engine makes of the file: shares in percent, and for a classifier top-1 here and in PyTorch."""
+def compare(
+    engine: Engine, watching: Engine, sites: int, twin: nn.Module, model: nn.Module, data: list[Any]
+) -> dict[str, float]:
+    """What the engine makes of the file: shares in percent, and for a classifier top-1 here and in PyTorch.
+
+    ``watching`` has the file with the codes of so many ``sites`` as its last outputs.
+    """
     right = theirs = equal = codes = labelled = 0
     for images, labels in data:
-        own = codes_of(twin, images)
-        for ours, found in zip(own, watching.run(images.numpy())[-len(own) :], strict=True):
+        for ours, found in zip(codes_of(twin, images), watching.run(images.numpy())[-sites:], strict=True):
             equal += int((ours == torch.from_numpy(found)).sum())
             codes += ours.numel()
         if labels is not None:
@@ -111,6 +115,7 @@ def compare(engine: Engine, watching: Engine, twin: nn.Module, model: nn.Module,
             theirs += int((torch.from_numpy(engine.run(images.numpy())[0]).argmax(1) == labels).sum())
             labelled += len(labels)
     figures = {
+        'codes': codes,
         'equal_codes': 100 * equal / codes,
         'integer_products': engine.integer,
         'float_products': engine.floating,
@@ -118,19 +123,6 @@ def compare(engine: Engine, watching: Engine, twin: nn.Module, model: nn.Module,
     if labelled:
         figures |= {'top1': 100 * theirs / labelled, 'top1_torch': 100 * right / labelled}
     return figures
-
-
-def time_in_turn(engines: Mapping[str, Engine], images: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each engine on the same images in each round, after two rounds to warm up."""
-    array = images.numpy()
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for number in range(rounds + 2):
-        for name in sorted(engines, reverse=number % 2 == 0):
-            start = time.perf_counter()
-            engines[name].run(array)
-            if number >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def rivals(name: str, path: Path, threads: int) -> Iterator[tuple[str, Engine]]:
@@ -142,9 +134,7 @@ def rivals(name: str, path: Path, threads: int) -> Iterator[tuple[str, Engine]]:
 
 def write_fp32(runner: Runner, part: str, example: Tensor, path: Path) -> None:
     """The config's model, unquantized; how long it takes does not depend on its weights."""
-    settings = copy.deepcopy(runner.cfg.model)
-    settings.init_cfg = None
-    model = MODELS.build(settings).cpu().eval()
+    model = MODELS.build(copy.deepcopy(runner.cfg.model)).cpu().eval()
     path.write_bytes(onnx_graph(model.get_submodule(part), (example,)).SerializeToString())
 
 
@@ -152,18 +142,17 @@ def measure(args: argparse.Namespace, runner: Runner, data: list[Any]) -> None:
     """Print what each engine makes of the file, and keep it where rows are asked for."""
     model = model_of(runner)
     twin = exported_twin(model).get_submodule(args.part)
-    recipe = record_of(model).plan.recipe
-    widths = {'quantized': (recipe.weight_bits, recipe.activation_bits)}
     with tempfile.TemporaryDirectory() as folder:
         fp32, watched = Path(folder, 'fp32.onnx'), Path(folder, 'codes.onnx')
-        with_codes(args.output, watched)
+        sites = with_codes(args.output, watched)
         if args.rounds:
             write_fp32(runner, args.part, example_of(data), fp32)
         for name in args.engines:
             engine = ENGINES[name](args.output, args.threads)
-            figures = compare(engine, ENGINES[name](watched, args.threads), twin, model.get_submodule(args.part), data)
+            watching = ENGINES[name](watched, args.threads)
+            figures = compare(engine, watching, sites, twin, model.get_submodule(args.part), data)
             print(f'{engine.name}: {engine.integer} products on integers, {engine.floating} in floating point')
-            print(f'  codes equal to those in PyTorch: {figures["equal_codes"]:.4f} %')
+            print(f'  codes equal to those in PyTorch: {figures["equal_codes"]:.4f} % of {figures["codes"]:,}')
             if 'top1' in figures:
                 count = sum(len(images) for images, _ in data)
                 print(f'  top-1 {figures["top1"]:.2f} %, in PyTorch {figures["top1_torch"]:.2f} %, on {count} images')
@@ -171,7 +160,9 @@ def measure(args: argparse.Namespace, runner: Runner, data: list[Any]) -> None:
             if args.rounds:
                 timed = {'quantized': engine, **dict(rivals(name, fp32, args.threads))}
                 images = torch.cat([images for images, _ in data])[: args.batch]
-                for kind, figures in latencies(time_in_turn(timed, images, args.rounds)).items():
+                runs = {kind: rival.run for kind, rival in timed.items()}
+                seconds = time_in_turn(runs, [images.numpy()] * (WARM_UP + args.rounds))
+                for kind, figures in latencies(seconds).items():
                     found[kind] = {**found.get(kind, {}), **figures}
                     print(
                         f'  {kind}: {figures["latency_ms"]:.2f} ms for {len(images)} images, '
@@ -179,8 +170,7 @@ def measure(args: argparse.Namespace, runner: Runner, data: list[Any]) -> None:
                     )
             if args.rows:
                 for kind, figures in found.items():
-                    for metric, value in figures.items():
-                        append_row(args.rows, _row(args, runner, kind, widths, engine.name, metric, value))
+                    append_figures(args.rows, _row(args, runner, kind, engine.name), figures)
 
 
 def latencies(seconds: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -195,32 +185,25 @@ def latencies(seconds: Mapping[str, list[float]]) -> dict[str, dict[str, float]]
     }
 
 
-def _row(
-    args: argparse.Namespace,
-    runner: Runner,
-    kind: str,
-    widths: Mapping[str, tuple[int, int]],
-    engine: str,
-    metric: str,
-    value: float,
-) -> ResultRow:
-    weight_bits, activation_bits = widths.get(kind, (32, 32))
+def _row(args: argparse.Namespace, runner: Runner, kind: str, engine: str) -> ResultRow:
+    recipe = record_of(model_of(runner)).plan.recipe
+    quantized = kind == 'quantized'
     return ResultRow(
         benchmark='export',
         split=runner.cfg.val_dataloader.dataset.get('split', 'dev'),
         model=Path(args.config).stem.removeprefix('gplq_'),
         scope='backbone',
         checkpoint_sha256=file_sha256(args.checkpoint),
-        method='gplq' if kind == 'quantized' else 'fp32',
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
+        method='gplq' if quantized else 'fp32',
+        weight_bits=recipe.weight_bits if quantized else 32,
+        activation_bits=recipe.activation_bits if quantized else 32,
         effective_bits=None,
         seed=0,
-        metric=metric,
-        value=value,
+        metric='any',
+        value=0.0,
         minutes=None,
         peak_memory_mb=None,
-        artifact_bytes=args.output.stat().st_size if kind == 'quantized' else None,
+        artifact_bytes=args.output.stat().st_size if quantized else None,
         command=repeat_command(),
         commit=commit(),
         versions=versions(),

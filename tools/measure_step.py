@@ -14,7 +14,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -37,8 +36,9 @@ from gplq.plugins.hooks import ActivationQATHook
 from gplq.plugins.hooks.loss_term import LossTerm
 from gplq.plugins.hooks.settings import HookSettings
 from gplq.plugins.hooks.teacher import make_mimicking
+from gplq.plugins.paired_timing import WARM_UP, time_in_turn
 from gplq.plugins.preflight import preflight
-from gplq.plugins.results import ResultRow, append_row, commit, file_sha256, measure, repeat_command, versions
+from gplq.plugins.results import ResultRow, append_figures, commit, file_sha256, measure, repeat_command, versions
 
 EXAMPLE = """example:
   GPLQ_DATA_ROOT=data/nuclei python tools/measure_step.py configs/gplq_mask_rcnn_vit-tiny_nuclei.py \\
@@ -140,16 +140,9 @@ def main() -> None:
         if done.returncode:
             raise GPLQError(f'{shlex.join(command)} failed: {(done.stderr.splitlines() or ["it said nothing"])[-1]}')
         peaks[method] = json.loads(done.stdout.rsplit('PEAK ', 1)[1])
-    data = batches(cfg, args.steps + 2)
-    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    data = batches(cfg, args.steps + WARM_UP)
     with step_of(cfg, 'fp32') as floating, step_of(cfg, 'gplq') as quantized:
-        steps = {'fp32': floating, 'gplq': quantized}
-        for number, batch in enumerate(data):
-            for method in sorted(steps, reverse=number % 2 == 0):
-                start = time.perf_counter()
-                steps[method](batch)
-                if number >= 2:
-                    seconds[method].append(time.perf_counter() - start)
+        seconds = time_in_turn({'fp32': floating, 'gplq': quantized}, data)
     ratios = [b / a for a, b in zip(seconds['fp32'], seconds['gplq'], strict=True)]
     for method in METHODS:
         process, allocated = peaks[method]
@@ -161,12 +154,11 @@ def main() -> None:
         if allocated is not None and peaks['fp32'][1] is not None:
             figures |= {'allocated_mb': allocated, 'allocated_ratio': allocated / peaks['fp32'][1]}
         print(f'{method}: ' + ', '.join(f'{name} {value:.2f}' for name, value in figures.items()))
-        for metric, value in figures.items():
-            append_row(args.output, _row(args, cfg, method, process, metric, value))
+        append_figures(args.output, _row(args, cfg, method, process), figures)
     print(f'ratios of time range from {min(ratios):.2f} to {max(ratios):.2f}')
 
 
-def _row(args: argparse.Namespace, cfg: Config, method: str, process: float, metric: str, value: float) -> ResultRow:
+def _row(args: argparse.Namespace, cfg: Config, method: str, process: float) -> ResultRow:
     return ResultRow(
         benchmark='step',
         split='train',
@@ -178,8 +170,8 @@ def _row(args: argparse.Namespace, cfg: Config, method: str, process: float, met
         activation_bits=int(cfg.gplq_settings.get('activation_bits', 4)) if method == 'gplq' else 32,
         effective_bits=None,
         seed=0,
-        metric=metric,
-        value=value,
+        metric='any',
+        value=0.0,
         minutes=None,
         peak_memory_mb=process,
         artifact_bytes=None,

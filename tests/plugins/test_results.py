@@ -14,6 +14,7 @@ import torch
 from gplq.plugins.results import (
     ResultError,
     ResultRow,
+    append_figures,
     append_row,
     commit,
     file_sha256,
@@ -55,6 +56,14 @@ def test_rows_come_back_as_they_were_written(tmp_path, row) -> None:
     append_row(path, other)
     assert read_rows(path) == [row, other]
     assert len(path.read_text().splitlines()) == 2
+
+
+def test_figures_of_one_run_are_rows_that_differ_in_them_alone(tmp_path, row) -> None:
+    append_figures(tmp_path / 'toy.jsonl', row, {'top1': 30.0, 'top5': 60.0})
+    assert read_rows(tmp_path / 'toy.jsonl') == [
+        replace(row, metric='top1', value=30.0),
+        replace(row, metric='top5', value=60.0),
+    ]
 
 
 def test_fields_are_those_of_the_design() -> None:
