@@ -24,6 +24,7 @@ from gplq.progress import Progress, no_progress
 from gplq.quantizer import Quantizer
 from gplq.recipe import Recipe
 from gplq.record import Stage, floating_point, named_products, named_quantizers, record_of, weight_views
+from gplq.row_quantizer import RowQuantizer
 from gplq.spec import QuantizerSpec
 from gplq.trace import evaluating
 from gplq.two_part import TwoPartQuantizer, propose
@@ -152,6 +153,9 @@ def _settle(quantizer: Quantizer, spec: QuantizerSpec, observer: Observer, sampl
         scale, shift = propose(observer.values(), *observer.seen, spec)
         quantizer.set_shift(shift)
         offset = None
+    elif isinstance(quantizer, RowQuantizer):
+        # A row's largest value is its last code: where attention is strongest it is not clipped.
+        scale, offset = torch.full_like(quantizer.log_scale, 1 / spec.qmax), None
     else:
         scale, offset = observer.propose(spec)
     quantizer.initialize(scale, offset, signed=bool(spec.signed), elements=observer.elements / samples)

@@ -15,6 +15,8 @@ from gplq.plan import MapPlan
 from gplq.products import QuantizedProduct
 from gplq.quantizer import Quantizer
 from gplq.record import named_products, record_of, weight_views
+from gplq.row_quantizer import RowQuantizer, row_units
+from gplq.two_part import TwoPartQuantizer
 
 __all__ = ['codes_of', 'exported_twin']
 
@@ -78,11 +80,11 @@ class _Coded(nn.Module):
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
-        if quantizer.spec.scheme != 'uniform':
+        if isinstance(quantizer, TwoPartQuantizer):
             raise TargetError(f'{quantizer.spec.scheme} quantizers have no operator in ONNX: export uniform ones')
         self.quantizer = quantizer
         self.bounds = (quantizer.spec.qmin, quantizer.spec.qmax)
-        self.folded = bool((quantizer.scale == 1).all())
+        self.folded = not isinstance(quantizer, RowQuantizer) and bool((quantizer.scale == 1).all())
         self.register_buffer('scale', quantizer.scale.detach())
         self.register_buffer('offset', None if quantizer.offset is None else quantizer.offset.detach())
         self.register_buffer('zero_point', torch.tensor(-self.bounds[0], dtype=_CODES))
@@ -92,7 +94,10 @@ class _Coded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         split = self.quantizer.split_heads(x)
-        steps = split if self.folded else split / _wide(self.scale, split)
+        scale = _wide(self.scale, split)
+        if isinstance(self.quantizer, RowQuantizer):
+            scale = scale * row_units(split, self.quantizer.axis, self.bounds[0] < 0)
+        steps = split if self.folded else split / scale
         if self.offset is not None:
             steps = steps - self.offset
         steps = steps.clamp(*self.bounds)
@@ -229,7 +234,7 @@ class _ExportedProduct(QuantizedProduct):
 
     def forward(self, left: Tensor, right: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         y = multiply(self.left(left), self.right(right))
-        first, second = (q.scale_over(x.shape[0]) for q, x in zip(self.operands, (left, right), strict=True))
+        first, second = (q.scale_of(x) for q, x in zip(self.operands, (left, right), strict=True))
         return y * _wide((first * second).detach(), y)
 
 

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from gplq.autocast import product_dtype
 from gplq.grid import Grid
 from gplq.kept import Kept, gradients, keep, restore
+from gplq.row_quantizer import row_units
 
 __all__ = ['flat_heads', 'parts_of_heads', 'quantized_attention']
 
@@ -25,6 +26,7 @@ def quantized_attention(
     value: Tensor,
     mask: Tensor | None,
     grids: tuple[Grid, Grid, Grid, Grid],
+    rows: bool = False,
 ) -> Tensor:
     """Softmax attention with all four operands of its two products quantized, as if written out.
 
@@ -40,6 +42,7 @@ def quantized_attention(
         mask: additive, broadcasts against ``(..., n, m)``.
         grids: of query, key, value and attention map, without offsets; scales ``(..., 1, 1)`` once broadcast against
             the leading axes, the value's ``(..., 1, e)``.
+        rows: whether the map's scale is in units of each row's largest value, see :mod:`gplq.row_quantizer`.
 
     Returns:
         ``(..., n, e)``.
@@ -64,6 +67,7 @@ def quantized_attention(
         index,
         tuple((grid.qmin, grid.qmax, grid.factor) for grid in grids),
         product_dtype(value),
+        rows,
     )
     return y.reshape(*lead, *y.shape[-2:])
 
@@ -83,6 +87,7 @@ class _QuantizedAttention(torch.autograd.Function):
         index: Tensor | None,
         grids: tuple[tuple[int, int, float], ...],
         dtype: torch.dtype,
+        rows: bool,
     ) -> Tensor:
         scales = (query_scale, key_scale, value_scale)
         kept: list[Tensor] = []
@@ -92,7 +97,7 @@ class _QuantizedAttention(torch.autograd.Function):
             kept.extend(of_x)
             restored.append(values)
         ctx.save_for_backward(*kept, *scales, scale, mask, index)
-        ctx.grids, ctx.dtype, ctx.given = grids, dtype, (query.dtype, key.dtype, value.dtype)
+        ctx.grids, ctx.dtype, ctx.given, ctx.rows = grids, dtype, (query.dtype, key.dtype, value.dtype), rows
         query, key, value = restored
         bounds = grids[3][:2]
         y = value.new_empty(*query.shape[:-1], value.shape[-1])
@@ -101,8 +106,9 @@ class _QuantizedAttention(torch.autograd.Function):
             for part in parts_of_heads(query, key):
                 seen = _picked(mask, index, part), _picked(blocked, index, part)
                 attention = _attention(query[part], key[part], *seen)
-                codes = attention.div_(scale[part]).round_().clamp_(*bounds)
-                torch.ops.aten.bmm(codes.mul_(scale[part]).to(dtype), value[part], out=y[part])
+                of_map = scale[part] * row_units(attention) if rows else scale[part]
+                codes = attention.div_(of_map).round_().clamp_(*bounds)
+                torch.ops.aten.bmm(codes.mul_(of_map).to(dtype), value[part], out=y[part])
         return y
 
     @staticmethod
@@ -126,13 +132,16 @@ class _QuantizedAttention(torch.autograd.Function):
             for part in parts_of_heads(query, key):
                 seen = _picked(mask, index, part), _picked(blocked, index, part)
                 attention = _attention(query[part], key[part], *seen)
-                steps = attention / scale[part]
+                units = row_units(attention) if ctx.rows else None
+                of_map = scale[part] if units is None else scale[part] * units
+                steps = attention / of_map
                 codes = steps.round().clamp_(*bounds)
                 at_map = torch.ops.aten.bmm(gradient[part], value[part].transpose(1, 2)).to(scale.dtype)
                 passed = torch.ops.aten.hardtanh_backward(at_map, steps, *bounds)
                 slope = at_map.mul_(codes).addcmul_(passed, steps, value=-1)
-                to_scale[part] = slope.sum(dim=(1, 2), keepdim=True)
-                restored = codes.mul_(scale[part]).to(ctx.dtype)
+                of_rows = slope.sum(dim=2, keepdim=True)
+                to_scale[part] = (of_rows if units is None else of_rows.mul_(units)).sum(dim=1, keepdim=True)
+                restored = codes.mul_(of_map).to(ctx.dtype)
                 torch.ops.aten.bmm(restored.transpose(1, 2), gradient[part], out=to_value[part])
                 scores = torch._softmax_backward_data(passed, attention, -1, attention.dtype)
                 if to_mask is not None:
@@ -146,7 +155,7 @@ class _QuantizedAttention(torch.autograd.Function):
                 to_x, to_own, _ = gradients(k, incoming.pop(0), Grid(own, qmin, qmax, None, own_factor), given)
                 to_operands.append(to_x)
                 to_scales.append(to_own)
-        return *to_operands, *to_scales, to_scale * factor, to_mask, None, None, None
+        return *to_operands, *to_scales, to_scale * factor, to_mask, None, None, None, None
 
 
 def flat_heads(x: Tensor, lead: torch.Size) -> Tensor:

@@ -11,6 +11,7 @@ from gplq.plan import MapPlan, OperandPlan, OwnerPlan, Plan
 from gplq.products import ProductOwner, QuantizedProduct
 from gplq.quantizer import Quantizer
 from gplq.record import Record, Stage, is_prepared, set_record
+from gplq.row_quantizer import RowQuantizer
 from gplq.spec import FLOAT_BITS
 from gplq.swap import swap_class
 from gplq.two_part import TwoPartQuantizer
@@ -89,8 +90,8 @@ def _insert_owner(model: nn.Module, plan: OwnerPlan, whole: Plan) -> None:
 
 
 def _quantizer(plan: OperandPlan) -> Quantizer:
-    kind = Quantizer if plan.spec.scheme == 'uniform' else TwoPartQuantizer
-    return kind(plan.spec, plan.shape, plan.merged_heads)
+    kinds = {'uniform': Quantizer, 'row': RowQuantizer, 'column': RowQuantizer}
+    return kinds.get(plan.spec.scheme, TwoPartQuantizer)(plan.spec, plan.shape, plan.merged_heads)
 
 
 def _find(model: nn.Module, name: str, kind: type[nn.Module]) -> nn.Module:

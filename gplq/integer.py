@@ -131,7 +131,7 @@ def product_from_codes(
         for other, times in quantize_right.parts(right):
             integers = multiply(one.to(torch.int64), other.to(torch.int64))
             total = total + integers.double() * by.double() * times.double()
-    scale = quantize_left.scale_over(left.shape[0]).double() * quantize_right.scale_over(right.shape[0]).double()
+    scale = quantize_left.scale_of(left).double() * quantize_right.scale_of(right).double()
     return (total * scale).to(left.dtype)
 
 

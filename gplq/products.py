@@ -17,6 +17,7 @@ from gplq.fused_attention import quantized_attention
 from gplq.layers.linear import QuantizedLinear
 from gplq.quantized_matmul import quantized_matmul
 from gplq.quantizer import Quantizer
+from gplq.row_quantizer import RowQuantizer
 
 __all__ = ['ProductOwner', 'QuantizedProduct', 'product_operands', 'scaled_dot_product_parts', 'unowned_products']
 
@@ -356,6 +357,7 @@ def _fused(
             quantize_query.grid(query),
             quantize_key.grid(key),
             quantize_value.grid(value),
-            quantize_map.grid(query),
+            quantize_map.grid_over(len(query)),
         ),
+        rows=isinstance(quantize_map, RowQuantizer),
     )

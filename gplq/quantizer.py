@@ -71,28 +71,46 @@ class Quantizer(SinglePrecision):
         if not self.enabled:
             return x
         spec = self.spec
-        y = fake_quantize(self.split_heads(x), self.scale, spec.qmin, spec.qmax, self.offset, self.scale_gradient)
+        split = self.split_heads(x)
+        scale = self._scale_at(split)
+        y = fake_quantize(split, scale, spec.qmin, spec.qmax, self.offset, self.scale_gradient)
         return self._dropped(x, y.view(x.shape) if self.merged_heads else y)
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of ``x`` as a float tensor of the same shape."""
-        y = quantize(self.split_heads(x), self.scale, self.spec.qmin, self.spec.qmax, self.offset)
+        split = self.split_heads(x)
+        y = quantize(split, self._scale_at(split), self.spec.qmin, self.spec.qmax, self.offset)
         return y.reshape(x.shape)
 
     def parts(self, x: Tensor) -> tuple[Part, ...]:
-        """The codes in parts that an integer machine multiplies one by one; values are ``scale`` times their sum."""
+        """The codes in parts that an integer machine multiplies one by one; values are ``scale_of`` times their sum."""
         return (Part(self.codes(x), self.log_scale.new_ones(())),)
 
     def scale_over(self, batch: int) -> Tensor:
         """The scale for a leading axis of length ``batch``: repeated where heads are merged into that axis."""
         return self._over(self.scale, batch)
 
+    def scale_of(self, x: Tensor) -> Tensor:
+        """What the codes of ``x`` are multiplied by, to broadcast against it."""
+        return self.scale_over(x.shape[0])
+
+    def _scale_at(self, split: Tensor) -> Tensor:
+        """The same against what :meth:`split_heads` makes of it."""
+        return self.scale
+
     def _over(self, of_scale: Tensor, batch: int) -> Tensor:
         return of_scale.repeat(batch // self.merged_heads, 1, 1) if self.merged_heads else of_scale
 
     def grid(self, x: Tensor) -> Grid:
         """How ``x`` is rounded, for operations that do it themselves."""
-        return Grid(self.scale_over(len(x)), self.spec.qmin, self.spec.qmax, self.offset, self.scale_gradient)
+        return self._grid(self.scale_of(x))
+
+    def grid_over(self, batch: int) -> Grid:
+        """The same in units of the scale that is learned, where it is the operation that has the values."""
+        return self._grid(self.scale_over(batch))
+
+    def _grid(self, scale: Tensor) -> Grid:
+        return Grid(scale, self.spec.qmin, self.spec.qmax, self.offset, self.scale_gradient)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest value in units of the scale."""

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_type_hints
 
 from gplq.errors import RecipeError
 from gplq.observers.factory import OBSERVERS
-from gplq.spec import FLOAT_BITS, Scheme, check_bits
+from gplq.spec import FLOAT_BITS, check_bits
 from gplq.typecheck import check_types
 
 __all__ = [
@@ -35,6 +35,7 @@ Rounding = Literal['feedback', 'nearest', 'reconstruct']
 WeightScheme = Literal['percentile', 'percentile_asymmetric', 'mse', 'min_max', 'searched']
 Compensation = Literal['none', 'qwt', 'ridge', 'erq', 'affine']
 TrainedSteps = Literal['lsq', 'norm', 'statistics']
+AttentionMap = Literal['row', 'uniform', 'twin_uniform', 'log_sqrt2']
 GeluOutput = Literal['signed', 'unsigned_offset', 'twin_uniform']
 
 
@@ -53,7 +54,8 @@ class Recipe:
         skip: names to leave in floating point; each must match a module.
         linear_input: ``'channel'`` (one scale an input channel, folded into the weights), ``'tensor'``, or
             ``'post_norm'``: a channel where the input is a LayerNorm's very output, else a tensor.
-        input_offset: codes of linear inputs without sign, with an offset.
+        input_offset: codes of linear inputs without sign, with an offset, which ends up in the layer's bias; else their
+            range is the same on both sides of zero, or starts there.
         exponents: candidates for alpha in ``scale_c ~ range_c ** alpha``; ``(1.0,)`` is the plain per-channel
             scale, ``(0.0,)`` one scale for all channels in a vector. Searched a layer when there are several.
         clips: candidates for the share of the range that is represented, searched with the exponents.
@@ -63,9 +65,11 @@ class Recipe:
         fold_layernorm: let the LayerNorm before a layer divide by its input scales, where nothing else reads it.
         linear_observer: of inputs with one scale (convolutions, or linear_input='tensor').
         product_observer: of queries, keys, values and attention maps.
-        gelu_output: GELU outputs signed a channel, or unsigned with a learned offset, or ``'twin_uniform'`` with one
-            scale in all.
-        attention_map: how attention maps are quantized, see :mod:`gplq.twin_uniform` and :mod:`gplq.log_sqrt2`.
+        gelu_output: GELU outputs as the other inputs (``'signed'`` where they have no offset), unsigned with an offset,
+            or ``'twin_uniform'`` with one scale in all.
+        attention_map: ``'row'``: each row in units of its largest value (:mod:`gplq.row_quantizer`; one scale for all
+            rows in an einsum, whose axes only its equation knows), ``'uniform'``: one scale for all rows, or see
+            :mod:`gplq.twin_uniform` and :mod:`gplq.log_sqrt2`.
         equalize: even out query and key channels in the weights where nothing else reads them.
         train_weights: round weights while the activation stage trains, with learned scales (LSQ): quantization-aware
             training of both, whose weights the weight stage takes as they are.
@@ -87,7 +91,7 @@ class Recipe:
     targets: tuple[str, ...] = ('*',)
     skip: tuple[str, ...] = ()
     linear_input: Literal['channel', 'tensor', 'post_norm'] = 'channel'
-    input_offset: bool = False
+    input_offset: bool = True
     exponents: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     clips: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
     balance: bool = True
@@ -96,7 +100,7 @@ class Recipe:
     linear_observer: str = 'mse'
     product_observer: str = 'mse'
     gelu_output: GeluOutput = 'signed'
-    attention_map: Scheme = 'uniform'
+    attention_map: AttentionMap = 'row'
     equalize: bool = True
     train_weights: bool = False
     trained_steps: TrainedSteps = 'lsq'
@@ -165,8 +169,10 @@ class Recipe:
             'exponents': (1.0,),
             'clips': (1.0,),
             'balance': False,
+            'input_offset': False,
             'equalize': False,
             'product_observer': 'percentile',
+            'attention_map': 'uniform',
             'weight_scheme': 'percentile',
             'rounding': 'nearest',
             'compensation': 'qwt',
@@ -178,6 +184,8 @@ class Recipe:
         """Round-to-nearest, calibrated: per-tensor activations and per-channel weights of least squared error."""
         chosen: dict[str, Any] = {
             'linear_input': 'tensor',
+            'input_offset': False,
+            'attention_map': 'uniform',
             'equalize': False,
             'rounding': 'nearest',
         }
@@ -188,6 +196,7 @@ class Recipe:
         """PTQ4ViT, for :func:`gplq.search_scales`: one scale a tensor, twin uniform attention maps and GELU outputs."""
         chosen: dict[str, Any] = {
             'linear_input': 'tensor',
+            'input_offset': False,
             'equalize': False,
             'gelu_output': 'twin_uniform',
             'attention_map': 'twin_uniform',
@@ -231,7 +240,13 @@ class Recipe:
     @classmethod
     def vvtq(cls, weight_bits: int = 4, activation_bits: int = 4, **settings: Any) -> Recipe:
         """Variation-aware quantization-aware training: LSQ with a factor a module, offsets behind GELUs."""
-        chosen: dict[str, Any] = {'trained_steps': 'norm', 'linear_input': 'tensor', 'gelu_output': 'unsigned_offset'}
+        chosen: dict[str, Any] = {
+            'trained_steps': 'norm',
+            'linear_input': 'tensor',
+            'input_offset': False,
+            'attention_map': 'uniform',
+            'gelu_output': 'unsigned_offset',
+        }
         return cls.lsq(weight_bits, activation_bits, **{**chosen, **settings})
 
     @classmethod

@@ -21,6 +21,7 @@ from gplq.progress import Progress, no_progress
 from gplq.quantizer import Quantizer
 from gplq.record import Stage, floating_point, named_products, record_of, weight_views
 from gplq.rounding import at_scales, weights_rounded
+from gplq.row_quantizer import RowQuantizer
 from gplq.sample_store import SampleStore
 from gplq.site_samples import collect_samples
 from gplq.spec import FLOAT_BITS
@@ -247,8 +248,8 @@ def _choose(quantizer: Quantizer, calls: list[_Call], search: ScaleSearch, *, sh
         search: metric and candidates.
         shared: scales run along the summed axis, so that one factor is chosen for all.
     """
-    if quantizer.offset is not None:
-        # Its steps lie where calibration put them; another scale would move them all.
+    if quantizer.offset is not None or isinstance(quantizer, RowQuantizer):
+        # Its steps lie where calibration put them: another scale would move them all, or clip each row's largest value.
         return
     trials, ratios = _trials(quantizer, calls, search, shared)
     shape = (1,) if shared else quantizer.shape

@@ -10,7 +10,7 @@ from gplq.errors import RecipeError
 __all__ = ['FLOAT_BITS', 'MAX_BITS', 'MIN_BITS', 'Granularity', 'QuantizerSpec', 'Scheme', 'check_bits']
 
 Granularity = Literal['tensor', 'channel', 'head']
-Scheme = Literal['uniform', 'twin_uniform', 'log_sqrt2']
+Scheme = Literal['uniform', 'row', 'column', 'twin_uniform', 'log_sqrt2']
 
 MIN_BITS, MAX_BITS = 2, 8
 FLOAT_BITS = 32
@@ -35,7 +35,8 @@ class QuantizerSpec:
     """Settings of one quantizer.
 
     ``signed=None`` leaves the sign to calibration: unsigned where no negative value was seen.
-    ``scheme`` is that of :mod:`gplq.twin_uniform` and :mod:`gplq.log_sqrt2` where it is not uniform.
+    ``scheme`` is that of :mod:`gplq.row_quantizer`, :mod:`gplq.twin_uniform` or :mod:`gplq.log_sqrt2` where it is not
+    uniform.
     With ``offset`` the represented values are ``scale * (code + offset)``, else ``scale * code``.
     """
 

@@ -49,6 +49,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'folded': {'recipe.exponents': [1.0], 'recipe.balance': False},
     'unfolded': {'recipe.exponents': [1.0], 'recipe.balance': False, 'recipe.fold': False},
     'per tensor': {'recipe.linear_input': 'tensor'},
+    'symmetric': {'recipe.input_offset': False},
+    'one scale a map': {'recipe.attention_map': 'uniform'},
     **{f'mimicking {weight:g}': {'mimicking': weight} for weight in (0.1, 10.0)},
     **{f'PCA {share} %': {'stage.explained_variance': share / 100} for share in (30, 90)},
     **{f'{count} iterations': {'iterations': count} for count in (1, 10, 100, 1000)},

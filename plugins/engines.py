@@ -67,6 +67,9 @@ def open_onnxruntime(path: Path, threads: int = 1) -> Engine:
 def open_openvino(path: Path, threads: int = 1, precision: str = 'f32') -> Engine:
     """OpenVINO; the precisions of products are those of its runtime graph.
 
+    Products that it fuses into a kernel of its own, as those of an attention on processors without VNNI, are not in
+    that graph; they have the kernel's precision.
+
     Args:
         path: of the file.
         threads: that it may use.
@@ -76,7 +79,7 @@ def open_openvino(path: Path, threads: int = 1, precision: str = 'f32') -> Engin
         StageError: if it is not installed.
         CheckpointError: if it cannot load the file.
     """
-    openvino = _require('openvino')
+    onnx, openvino = _require('onnx'), _require('openvino')
     settings = {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': precision}
     try:
         compiled = openvino.Core().compile_model(str(path), 'CPU', settings)
@@ -85,6 +88,11 @@ def open_openvino(path: Path, threads: int = 1, precision: str = 'f32') -> Engin
     information = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ordered_ops()]
     layers = [(i['layerType'].value, i['runtimePrecision'].value) for i in information]
     products = [precision for kind, precision in layers if kind in ('FullyConnected', 'MatMul', 'Convolution')]
+    every = sum(
+        node.op_type in ('MatMul', 'Gemm', 'Conv') for node in onnx.load(path, load_external_data=False).graph.node
+    )
+    kernels = {precision for kind, precision in layers if kind == 'Subgraph'}
+    products += (every - len(products)) * ['u8' if kernels and kernels <= {'u8', 'i8'} else 'f32']
     integer = sum(precision in ('u8', 'i8') for precision in products)
     return Engine(
         f'OpenVINO {openvino.__version__.partition("-")[0]}',

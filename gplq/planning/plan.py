@@ -78,7 +78,7 @@ def _norms(example: Example, maps: list[MapPlan]) -> list[tuple[str, str]]:
     for a_map in maps:
         norm = next(iter(sources[a_map.name]), '')
         alone = norm and sources[a_map.name] == {norm} and readers[norm] == {a_map.name}
-        foldable = a_map.kind == 'linear' and a_map.input is not None and not a_map.input.spec.offset
+        foldable = a_map.kind == 'linear' and a_map.input is not None
         # What a classifier reads is what others take for the model's features.
         final = a_map.name in example.trace.final_layers
         if alone and foldable and not final and norm not in example.trace.shared_norms:

@@ -11,7 +11,7 @@ from torch import nn
 from gplq.errors import ProductError, TargetError
 from gplq.plan import Floating, OperandPlan, OwnerPlan, ProductPlan
 from gplq.planning.example import Example
-from gplq.spec import FLOAT_BITS, QuantizerSpec
+from gplq.spec import FLOAT_BITS, QuantizerSpec, Scheme
 from gplq.trace import ProductCall, SoftmaxCall
 
 __all__ = ['ProductPlanner']
@@ -137,7 +137,7 @@ class ProductPlanner:
             left = _operand('query', QuantizerSpec(bits, True, 'head'), call.left_shape, module, call)
             right = _operand('key', QuantizerSpec(bits, True, 'head'), call.right_shape, module, call)
         else:
-            attention = QuantizerSpec(bits, None, 'head', scheme=self.recipe.attention_map)
+            attention = QuantizerSpec(bits, None, 'head', scheme=self._map_scheme(call, role))
             value = QuantizerSpec(bits, True, 'head')
             if role.attention_right:
                 left = _operand('value', value, call.left_shape, module, call)
@@ -148,6 +148,14 @@ class ProductPlanner:
                 if not call.einsum and _columns_are_channels(module, call):
                     right = _per_channel(right, call.right_shape[-1])
         return ProductPlan(owner, position, left, right, call.multiplications)
+
+    def _map_scheme(self, call: ProductCall, role: _Role) -> Scheme:
+        scheme = self.recipe.attention_map
+        if scheme != 'row':
+            return scheme
+        if call.einsum:
+            return 'uniform'
+        return 'column' if role.attention_right else 'row'
 
     def _check_attention(self, roles: dict[int, _Role]) -> None:
         for name, why in self.trace.opaque.items():

@@ -341,7 +341,7 @@ def test_groups_and_feature_point(calibrated: Pair) -> None:
     weights, scales = parameter_groups(model, gplq.ActivationStage(lr=1.0, scale_lr=2.0, weight_decay=0.5), 10)
     assert (weights['lr'], weights['weight_decay']) == (1.0, 0.5)
     assert (scales['lr'], scales['weight_decay']) == (2.0, 0.0)
-    assert len(scales['params']) == sum(1 for _ in named_quantizers(model))
+    assert len(scales['params']) == sum(1 if q.offset is None else 2 for _, q in named_quantizers(model))
     assert len(weights['params']) + len(scales['params']) == len(list(model.parameters()))
     assert feature_point(model) == ('head', 'input')
 

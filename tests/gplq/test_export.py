@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import gplq
 from gplq.errors import StageError, TargetError
+from gplq.exported import exported_twin
 
 onnx = pytest.importorskip('onnx')
 ort = pytest.importorskip('onnxruntime')
@@ -49,8 +50,14 @@ def test_every_product_runs_on_integers(
     assert session.operations['MatMulIntegerToFloat'] == 2 + 2 * (4 + 2)
     assert not {'MatMul', 'Gemm', 'Conv', 'DequantizeLinear'} & set(session.operations)
     with torch.no_grad():
-        expected = model(images[:5])
-    assert torch.allclose(session(images[:5]), expected, atol=1e-4)
+        expected, on_codes = model(images[:5]), exported_twin(model)(images[:5])
+    found = session(images[:5])
+    assert torch.allclose(found, on_codes, atol=1e-5)
+    # Sums of codes and sums of values differ in the last bit, so that a tie may go either way and shift an image's
+    # logits by less than a step of 8 bits; the others are equal.
+    equal = (found - expected).abs().amax(dim=1) < 1e-4
+    assert int(equal.sum()) >= 4
+    assert torch.allclose(found, expected, atol=5e-3)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +132,10 @@ def test_other_layers(model: type[nn.Module], images: Tensor, tmp_path: Path) ->
 
 
 def test_openvino_gives_the_same(quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path) -> None:
-    """Every head with its own scale, for any batch; all layers on unsigned bytes."""
+    """Every head with its own scale, for any batch; all layers on unsigned bytes.
+
+    Without VNNI OpenVINO has no kernel for a product of two bytes that are both computed, as in an attention.
+    """
     openvino = pytest.importorskip('openvino')
     model = quantized('w4a4', heads=4)
     path = tmp_path / 'model.onnx'
@@ -136,8 +146,8 @@ def test_openvino_gives_the_same(quantized: Callable[..., nn.Module], images: Te
     with torch.no_grad():
         assert torch.allclose(found, model(images), atol=1e-4)
     layers = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ordered_ops()]
-    precisions = {i['runtimePrecision'].value for i in layers if i['layerType'].value in ('FullyConnected', 'MatMul')}
-    assert precisions <= {'u8', 'i8'}
+    precisions = {i['runtimePrecision'].value for i in layers if i['layerType'].value == 'FullyConnected'}
+    assert precisions and precisions <= {'u8', 'i8'}
 
 
 def test_signed_codes_never_overflow_sixteen_bits(

@@ -12,12 +12,16 @@ LEAD, N, M, D = (3, 2), 5, 7, 4
 BOUNDS = [(-8, 7), (-8, 7), (-8, 7), (0, 15)]
 
 
-def written_out(lsq, query, key, value, mask, grids):
+def written_out(lsq, query, key, value, mask, grids, rows=False):
     query, key, value = (lsq(x, grid) for x, grid in zip((query, key, value), grids, strict=False))
     scores = query @ key.transpose(-2, -1)
     if mask is not None:
         scores = scores + mask
-    return lsq(scores.softmax(dim=-1), grids[3]) @ value
+    attention = scores.softmax(dim=-1)
+    of_map = grids[3]
+    if rows:
+        of_map = of_map._replace(scale=of_map.scale * attention.detach().amax(dim=-1, keepdim=True))
+    return lsq(attention, of_map) @ value
 
 
 def grids_of(scales, factor=1.0):
@@ -36,20 +40,24 @@ def tensors():
 
 @pytest.mark.parametrize('mask_shape', [None, (N, M), (2, N, M), (3, 1, N, M), (3, 2, N, M), (1, 2, 1, M)])
 @pytest.mark.parametrize('scale_shape', [(1,), (2, 1, 1)])
-def test_equals_the_written_out_attention(tensors, mask_shape, scale_shape, written_out_lsq, monkeypatch):
+@pytest.mark.parametrize('rows', [False, True])
+def test_equals_the_written_out_attention(tensors, mask_shape, scale_shape, rows, written_out_lsq, monkeypatch):
     # Two heads at a time, so that the last part is smaller than the others.
     monkeypatch.setattr('gplq.fused_attention._CHUNK', {'cpu': 4 * N * M})
     *inputs, gradient = tensors
     mask = None if mask_shape is None else torch.randn(mask_shape, generator=torch.Generator().manual_seed(1))
     # Of the value a scale a column; large attention is clipped, so that both branches of LSQ's gradient count.
     scales = [torch.full(scale_shape, size) for size in (0.4, 0.5)]
-    scales += [torch.linspace(0.3, 0.6, D).expand(*scale_shape[:-1], D).clone(), torch.full(scale_shape, 0.03)]
+    scales += [
+        torch.linspace(0.3, 0.6, D).expand(*scale_shape[:-1], D).clone(),
+        torch.full(scale_shape, 0.06 if rows else 0.03),
+    ]
     found, expected = (
         [x.clone().requires_grad_() for x in (*inputs, *scales, *([] if mask is None else [mask]))] for _ in range(2)
     )
     outputs = []
     for leaves, run in ((found, quantized_attention), (expected, partial(written_out, written_out_lsq))):
-        y = run(*leaves[:3], None if mask is None else leaves[7], grids_of(leaves[3:7], 0.5))
+        y = run(*leaves[:3], None if mask is None else leaves[7], grids_of(leaves[3:7], 0.5), rows=rows)
         y.backward(gradient)
         outputs.append(y)
     assert torch.allclose(outputs[0], outputs[1], atol=1e-6)

@@ -135,7 +135,7 @@ def test_mimicking_is_part_of_the_loss(train: Train, log_of: Callable[[Runner], 
 def test_mimicking_weight_scales_its_loss(train: Train, log_of: Callable[[Runner], str]) -> None:
     # The first loss is that of the calibrated model, which does not depend on the weight. The log rounds
     # it to four decimals, so that the lighter of the two is known to half of that, times the ratio.
-    light, heavy = (losses(log_of(train(str(w), mimicking=w, iterations=1)))[0] for w in (10.0, 100.0))
+    light, heavy = (losses(log_of(train(str(w), mimicking=w, iterations=1)))[0] for w in (20.0, 200.0))
     assert light['loss_mimicking'] > 0.01
     assert heavy['loss_mimicking'] == pytest.approx(10 * light['loss_mimicking'], abs=11 * 0.5e-4)
 
