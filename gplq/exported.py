@@ -15,7 +15,7 @@ from gplq.plan import MapPlan
 from gplq.products import QuantizedProduct
 from gplq.quantizer import Quantizer
 from gplq.record import named_products, record_of, weight_views
-from gplq.row_quantizer import RowQuantizer, row_units
+from gplq.row_quantizer import RowQuantizer
 from gplq.two_part import TwoPartQuantizer
 
 __all__ = ['codes_of', 'exported_twin']
@@ -96,7 +96,7 @@ class _Coded(nn.Module):
         split = self.quantizer.split_heads(x)
         scale = _wide(self.scale, split)
         if isinstance(self.quantizer, RowQuantizer):
-            scale = scale * row_units(split, self.quantizer.axis, self.bounds[0] < 0)
+            scale = scale * self.quantizer.units(split)
         steps = split if self.folded else split / scale
         if self.offset is not None:
             steps = steps - self.offset

@@ -106,7 +106,7 @@ class _QuantizedAttention(torch.autograd.Function):
             for part in parts_of_heads(query, key):
                 seen = _picked(mask, index, part), _picked(blocked, index, part)
                 attention = _attention(query[part], key[part], *seen)
-                of_map = scale[part] * row_units(attention) if rows else scale[part]
+                of_map = scale[part] * (row_units(attention) if rows else 1.0)
                 codes = attention.div_(of_map).round_().clamp_(*bounds)
                 torch.ops.aten.bmm(codes.mul_(of_map).to(dtype), value[part], out=y[part])
         return y
@@ -132,15 +132,14 @@ class _QuantizedAttention(torch.autograd.Function):
             for part in parts_of_heads(query, key):
                 seen = _picked(mask, index, part), _picked(blocked, index, part)
                 attention = _attention(query[part], key[part], *seen)
-                units = row_units(attention) if ctx.rows else None
-                of_map = scale[part] if units is None else scale[part] * units
+                units = row_units(attention) if ctx.rows else 1.0
+                of_map = scale[part] * units
                 steps = attention / of_map
                 codes = steps.round().clamp_(*bounds)
                 at_map = torch.ops.aten.bmm(gradient[part], value[part].transpose(1, 2)).to(scale.dtype)
                 passed = torch.ops.aten.hardtanh_backward(at_map, steps, *bounds)
                 slope = at_map.mul_(codes).addcmul_(passed, steps, value=-1)
-                of_rows = slope.sum(dim=2, keepdim=True)
-                to_scale[part] = (of_rows if units is None else of_rows.mul_(units)).sum(dim=1, keepdim=True)
+                to_scale[part] = slope.sum(dim=2, keepdim=True).mul_(units).sum(dim=1, keepdim=True)
                 restored = codes.mul_(of_map).to(ctx.dtype)
                 torch.ops.aten.bmm(restored.transpose(1, 2), gradient[part], out=to_value[part])
                 scores = torch._softmax_backward_data(passed, attention, -1, attention.dtype)

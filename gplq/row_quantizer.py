@@ -35,10 +35,11 @@ class RowQuantizer(Quantizer):
         return -2 if self.spec.scheme == 'column' else -1
 
     def scale_of(self, x: Tensor) -> Tensor:
-        return self.scale_over(x.shape[0]) * self._units(x)
+        return self.scale_over(x.shape[0]) * self.units(x)
 
     def _scale_at(self, split: Tensor) -> Tensor:
-        return self.scale * self._units(split)
+        return self.scale * self.units(split)
 
-    def _units(self, x: Tensor) -> Tensor:
+    def units(self, x: Tensor) -> Tensor:
+        """What each row's scale is multiplied by, to broadcast against ``x``."""
         return row_units(x, self.axis, self.spec.signed is not False)
