@@ -50,14 +50,11 @@ def test_every_product_runs_on_integers(
     assert session.operations['MatMulIntegerToFloat'] == 2 + 2 * (4 + 2)
     assert not {'MatMul', 'Gemm', 'Conv', 'DequantizeLinear'} & set(session.operations)
     with torch.no_grad():
-        expected, on_codes = model(images[:5]), exported_twin(model)(images[:5])
-    found = session(images[:5])
+        # Of the first image one 8-bit code lies at a tie, which sums of codes and sums of values round differently.
+        expected, on_codes = model(images[1:6]), exported_twin(model)(images[1:6])
+    found = session(images[1:6])
     assert torch.allclose(found, on_codes, atol=1e-5)
-    # Sums of codes and sums of values differ in the last bit, so that a tie may go either way and shift an image's
-    # logits by less than a step of 8 bits; the others are equal.
-    equal = (found - expected).abs().amax(dim=1) < 1e-4
-    assert int(equal.sum()) >= 4
-    assert torch.allclose(found, expected, atol=5e-3)
+    assert torch.allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
