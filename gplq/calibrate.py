@@ -17,7 +17,7 @@ from gplq.equalize import equalize_queries_and_keys
 from gplq.errors import CalibrationError
 from gplq.exponent import search_input_scale
 from gplq.layers import WeightView
-from gplq.observers import MSEObserver, Observer, make_observer
+from gplq.observers import MinMaxObserver, MSEObserver, Observer, make_observer
 from gplq.observers.vectors import VectorObserver
 from gplq.plan import MapPlan
 from gplq.progress import Progress, no_progress
@@ -116,6 +116,9 @@ def _observing(model: nn.Module, recipe: Recipe) -> Iterator[None]:
     for name, quantizer in quantizers:
         if isinstance(quantizer, TwoPartQuantizer):
             quantizer.observer = MSEObserver()
+        elif isinstance(quantizer, RowQuantizer):
+            # Of its values only sign and number count, so no sample is kept.
+            quantizer.observer = MinMaxObserver()
         elif name not in vectors:
             quantizer.observer = make_observer(recipe.product_observer)
         elif quantizer.spec.granularity == 'channel':

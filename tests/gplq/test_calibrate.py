@@ -166,7 +166,7 @@ def test_parts_of_a_map_are_even(monkeypatch: pytest.MonkeyPatch) -> None:
         MSEObserver, '_collect', lambda self, groups: (shown.append(groups.shape[1]), collect(self, groups))
     )
     model = nn.Sequential(Masked(None), nn.Linear(8, 8)).eval()
-    gplq.prepare(model, gplq.Recipe.gplq(equalize=False), x)
+    gplq.prepare(model, gplq.Recipe.gplq(equalize=False, attention_map='uniform'), x)
     # Room for 64 of the 65 rows of both heads.
     monkeypatch.setattr('gplq.products._OBSERVED', 2 * 64 * 65)
     gplq.calibrate(model, [x])
