@@ -6,7 +6,9 @@ __all__ = [
     'ActivationQATHook',
     'FeatureDistillationHook',
     'GPLQHook',
+    'HeadDistillationHook',
     'PTQ4ViTHook',
+    'SoftLabelHook',
     'VariationAwareQATHook',
     'WeightPTQHook',
 ]

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
-from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS, MODELS
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
 from gplq.errors import RecipeError, TargetError
 from gplq.feature_distance import feature_distance
 from gplq.mimicking import FeatureTap
-from gplq.plugins.hooks.checkpoints import load_weights
+from gplq.plugins.hooks.frozen_model import read_frozen
 from gplq.plugins.hooks.loss_term import LossTerm
 from gplq.plugins.hooks.model import model_of
 
@@ -57,18 +55,10 @@ class FeatureDistillationHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         # Before anything is trained, so that a missing file costs nothing.
-        self._teacher = self._read()
-
-    def _read(self) -> nn.Module:
-        if not Path(self.config).is_file():
-            raise RecipeError(f'FeatureDistillationHook: config {self.config} does not exist')
-        teacher: nn.Module = MODELS.build(Config.fromfile(self.config).model)
+        teacher = read_frozen('FeatureDistillationHook', self.config, self.checkpoint)
         if not hasattr(teacher, 'extract_feat'):
             raise TargetError(f'FeatureDistillationHook: {type(teacher).__name__} has no extract_feat to learn from')
-        load_weights(teacher, self.checkpoint, self.config)
-        # Apart: some backbones' train() returns nothing.
-        teacher.eval()
-        return teacher.requires_grad_(False)
+        self._teacher = teacher
 
     def before_train(self, runner: Runner) -> None:
         assert self._teacher is not None
