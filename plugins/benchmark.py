@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from gplq.errors import RecipeError
+from gplq.plugins.hooks.curve import CURVE
 from gplq.plugins.hooks.report import minutes_up_to
 from gplq.plugins.results import ResultError, ResultRow, commit, file_sha256, versions
 from gplq.recipe import WEIGHT_STAGE_FIELDS, Recipe
 
-__all__ = ['METHODS', 'ROW', 'TOOL', 'VARIANTS', 'Bits', 'Run', 'bits_of', 'plan_runs', 'rows_of']
+__all__ = ['METHODS', 'ROW', 'TOOL', 'VARIANTS', 'Bits', 'Run', 'bits_of', 'curve_of', 'plan_runs', 'rows_of']
 
 # Of weights and of activations.
 Bits = tuple[int, int]
@@ -296,6 +297,32 @@ def rows_of(run: Run, metrics: Sequence[str], model: str) -> list[ResultRow]:
                 )
             )
     return rows
+
+
+def curve_of(run: Run, rows: Sequence[ResultRow]) -> list[ResultRow]:
+    """Rows of the validations during a finished run, each with the minutes until then; none if there were none.
+
+    A share of oscillating weights, in percent, is noted beside the metrics where weights are trained.
+
+    Args:
+        run: the run.
+        rows: its own rows (:func:`rows_of`), whose metrics are taken.
+    """
+    path = run.work_dir / CURVE
+    if run.trained_by is not None or not path.is_file():
+        return []
+    found = []
+    # What is trained comes first: W32A4, whose weights are rounded later, or all of it.
+    first = {row.metric: row for row in reversed(rows)}
+    first['oscillating'] = replace(rows[0], metric='oscillating')
+    for point in json.loads(path.read_text()):
+        values = {key.rpartition('/')[2]: value for key, value in point['metrics'].items()}
+        found += [
+            replace(row, value=values[metric], minutes=point['minutes'])
+            for metric, row in first.items()
+            if metric in values
+        ]
+    return found
 
 
 def _text(value: Any) -> str:

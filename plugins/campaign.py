@@ -10,7 +10,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.utils import track_iter_progress
 
-from gplq.plugins.benchmark import TOOL, Run, rows_of
+from gplq.plugins.benchmark import TOOL, Run, curve_of, rows_of
 from gplq.plugins.comparison import Comparison
 from gplq.plugins.results import ResultError, append_row, file_sha256, read_rows
 from gplq.plugins.type_name import type_name
@@ -72,8 +72,17 @@ def model_of_config(config: str, benchmark: str) -> str:
     return Path(config).stem.removeprefix('gplq_').removesuffix(f'_{benchmark}')
 
 
-def carry_out(runs: Sequence[Run], metrics: Sequence[str], data_root: str, output: Path) -> None:
+def carry_out(
+    runs: Sequence[Run], metrics: Sequence[str], data_root: str, output: Path, curves: Path | None = None
+) -> None:
     """Make the runs whose rows are not in ``output``, then the intervals of their differences from FP32.
+
+    Args:
+        runs: as :func:`gplq.plugins.benchmark.plan_runs` gives them.
+        metrics: whose figures become rows.
+        data_root: where the data is.
+        output: file of the rows, which are added to it.
+        curves: file of further rows, one for each validation during a run; None keeps none.
 
     Raises:
         ResultError: a run failed; the message has its last words and the place of its log.
@@ -94,10 +103,14 @@ def carry_out(runs: Sequence[Run], metrics: Sequence[str], data_root: str, outpu
         print(f'\n[{number}/{len(waiting)}] {run.text}', flush=True)
         _train(run, data_root)
         again = run.is_done(metrics, sha256, known)
-        for row in rows_of(run, metrics, model_of_config(run.config, run.benchmark)):
+        rows = rows_of(run, metrics, model_of_config(run.config, run.benchmark))
+        for row in rows:
             if not again:
                 append_row(output, row)
             print(f'W{row.weight_bits}A{row.activation_bits} {row.metric} {row.value:.4f}')
+        if curves is not None and not again:
+            for row in curve_of(run, rows):
+                append_row(curves, row)
     _add_intervals(runs, metrics, data_root, sha256, output)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
 
 from gplq.plugins.benchmark import METHODS, ROW, VARIANTS
 from gplq.plugins.campaign import carry_out
@@ -42,6 +43,7 @@ def parse_args() -> argparse.Namespace:
         metavar='VARIANT',
         help=f"{_choices(VARIANTS)}; '' is the hook as it is (default: '')",
     )
+    parser.add_argument('--curves', type=Path, help='also keep rows of the validations during each run, in this file')
     return parser.parse_args()
 
 
@@ -53,7 +55,8 @@ def _choices(names: Iterable[str]) -> str:
 def main() -> None:
     args = parse_args()
     request = request_of(args)
-    carry_out(request.runs(args.methods, args.variants), request.metrics, request.data_root, request.output)
+    runs = request.runs(args.methods, args.variants)
+    carry_out(runs, request.metrics, request.data_root, request.output, args.curves)
 
 
 if __name__ == '__main__':

@@ -24,6 +24,7 @@ from gplq.plugins.downloads import read_downloads_safely
 from gplq.plugins.hooks.average import adopt_average, copy_anew, refuse_earlier
 from gplq.plugins.hooks.checkpoints import check_keys, check_source, complete
 from gplq.plugins.hooks.company import refuse_beside
+from gplq.plugins.hooks.curve import Curve
 from gplq.plugins.hooks.data import calibration_loader
 from gplq.plugins.hooks.guard import StepGuard
 from gplq.plugins.hooks.loss_term import LossTerm
@@ -85,6 +86,7 @@ class ActivationQATHook(Hook):
         self._attached = ExitStack()
         self._last_validation: tuple[int, dict[str, float]] = (-1, {})
         self._clock = Stopwatch()
+        self._curve = Curve()
         self._oscillations = Oscillations()
         self._annealing: ConfidenceAnnealing | None = None
         self._done = False
@@ -210,6 +212,7 @@ class ActivationQATHook(Hook):
             if self.settings.recipe.quantizes and record_of(model).stage is not Stage.CALIBRATED:
                 raise StageError('the resumed checkpoint is not one of the activation stage')
             self.report.resume(runner)
+            self._curve.resume(runner)
             replay.seed = self._resumed['data_seed']
             self._attach(runner, model, resumed=True)
         else:
@@ -312,8 +315,13 @@ class ActivationQATHook(Hook):
         self._clock.stop()
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        self._clock.start()
         self._last_validation = (runner.iter, dict(metrics or {}))
+        if self.settings.trains and trains(runner) and not self._done:
+            found = numbers(metrics)
+            if self.settings.recipe.train_weights:
+                found['oscillating'] = 100 * self._oscillations.share()
+            self._curve.add(runner, found, self._clock.minutes)
+        self._clock.start()
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         model = model_of(runner)

@@ -1,0 +1,136 @@
+"""Accuracy along training, in minutes: a plot, and who gets where by when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from gplq.plugins.results import ResultError, ResultRow
+
+__all__ = ['Course', 'courses_of', 'draw', 'table']
+
+
+class Course(NamedTuple):
+    """One run's figures of a metric along its training.
+
+    Attributes:
+        name: method and variant.
+        bits: such as W2A2.
+        seed: the run's.
+        points: minutes and value, in the order of the minutes.
+    """
+
+    name: str
+    bits: str
+    seed: int
+    points: tuple[tuple[float, float], ...]
+
+    @property
+    def end(self) -> tuple[float, float]:
+        """Minutes and value of the last validation."""
+        return self.points[-1]
+
+    def minutes_to(self, value: float) -> float | None:
+        """When a value is reached for the first time, between two validations in proportion; None where it never is."""
+        if self.points[0][1] >= value:
+            return self.points[0][0]
+        for (before, low), (after, high) in pairwise(self.points):
+            if high >= value:
+                return before + (after - before) * (value - low) / (high - low)
+        return None
+
+    def value_at(self, minutes: float) -> float | None:
+        """The value after so many minutes, between two validations in proportion; None before the first."""
+        if minutes < self.points[0][0]:
+            return None
+        for (before, first), (after, second) in pairwise(self.points):
+            if before <= minutes <= after:
+                return first + (second - first) * (minutes - before) / (after - before) if after > before else second
+        return self.end[1]
+
+
+def courses_of(rows: Iterable[ResultRow], metric: str) -> list[Course]:
+    """The courses that rows of `tools/benchmark.py --curves` hold, of one metric.
+
+    Rows of a run's end belong to its course, too.
+
+    Raises:
+        ResultError: there is none of the metric.
+    """
+    found: dict[tuple[str, str, int], dict[float, float]] = {}
+    for row in rows:
+        if row.metric == metric and row.minutes is not None:
+            name = ' '.join(filter(None, (row.method, row.variant)))
+            bits = 'FP32' if row.activation_bits == 32 else f'W{row.weight_bits}A{row.activation_bits}'
+            found.setdefault((name, bits, row.seed), {})[row.minutes] = row.value
+    if not found:
+        raise ResultError(f'no rows of {metric} with minutes')
+    return [Course(*key, tuple(sorted(points.items()))) for key, points in sorted(found.items())]
+
+
+def table(courses: Sequence[Course], reference: str) -> str:
+    """Who needs how long for what the reference reaches, and has what when the reference is done; means over seeds.
+
+    Args:
+        courses: of one metric.
+        reference: name of the method, and its variant if any, of the same bits.
+
+    Raises:
+        ResultError: the reference has no course.
+    """
+    if reference not in {course.name for course in courses}:
+        raise ResultError(f'--reference {reference}: there are courses of {sorted({c.name for c in courses})}')
+    head: tuple[str, ...] = (
+        'method',
+        'bits',
+        'minutes',
+        'in the end',
+        f'minutes to {reference}',
+        f"at {reference}'s minutes",
+        'seeds',
+    )
+    lines = [head, ('---', '---', *('---:',) * 5)]
+    for name, bits in sorted({(course.name, course.bits) for course in courses}):
+        goals = [course.end for course in courses if course.name == reference and course.bits == bits]
+        mine = [course for course in courses if (course.name, course.bits) == (name, bits)]
+        cells = [f'{fmean(course.end[0] for course in mine):.1f}', f'{fmean(course.end[1] for course in mine):.2f}']
+        if goals:
+            minutes, value = (fmean(side) for side in zip(*goals, strict=True))
+            reached = [course.minutes_to(value) for course in mine]
+            then = [course.value_at(minutes) for course in mine]
+            cells += [_mean(reached, '{:.1f}', 'never'), _mean(then, '{:.2f}', '')]
+        else:
+            cells += ['', '']
+        lines.append((name, bits, *cells, str(len(mine))))
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def draw(panels: Sequence[tuple[str, Sequence[Course]]], path: Path) -> None:
+    """Draw a panel for each metric against minutes, a line for each run, a colour for each method and bits."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5 * len(panels), 5), layout='constrained')
+    FigureCanvasAgg(figure)
+    labels = sorted({f'{course.name} {course.bits}' for _, courses in panels for course in courses})
+    for axes, (title, courses) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for course in courses:
+            label = f'{course.name} {course.bits}'
+            number = labels.index(label)
+            shown = label if label not in axes.get_legend_handles_labels()[1] else None
+            style = {'color': f'C{number % 10}', 'marker': 'osD^vP*X'[number % 8], 'markersize': 4}
+            axes.plot(*zip(*course.points, strict=True), label=shown, **style)
+        axes.set_xlabel('minutes of training')
+        axes.set_ylabel(title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def _mean(values: Sequence[float | None], form: str, otherwise: str) -> str:
+    known = [value for value in values if value is not None]
+    # A mean over those that get there alone would flatter the method.
+    return form.format(fmean(known)) if len(known) == len(values) else otherwise
