@@ -49,7 +49,8 @@ def search_input_scale(
         recipe: gives exponents, clips and whether scales are folded.
     """
     widest, _ = scale_from_range(*seen, spec)
-    alive = (seen.high - seen.low) > 0
+    # One that is constant has a scale too, unless it is zero.
+    alive = (seen.high > 0) | (seen.low < 0)
     if not bool(alive.any()):
         return InputScale(widest, _offset(seen, widest, spec, 1.0), 1.0, 1.0, False)
     # A dead channel says nothing of its scale; a large one would swamp its row of folded weights.

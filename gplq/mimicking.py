@@ -83,14 +83,14 @@ class FeatureTap:
         self.features = _tensors(args if self.side == 'input' else output)
 
     def take(self) -> list[Tensor]:
-        """The features, once.
+        """The features, once; what the module was called with is let go, too.
 
         Raises:
             StageError: if the module did not run.
         """
         if not self.features:
             raise StageError(f'{type(self.module).__name__} did not run: there are no features to mimic')
-        features, self.features = self.features, []
+        features, self.features, self.arguments = self.features, [], ((), {})
         return features
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FeatureTap:

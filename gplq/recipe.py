@@ -143,6 +143,11 @@ class Recipe:
         return self.weight_bits != FLOAT_BITS or self.activation_bits != FLOAT_BITS
 
     @property
+    def scales_are_ranges(self) -> bool:
+        """Whether a linear input's scales are its channels' ranges, without a search."""
+        return self.exponents == (1.0,) and self.clips == (1.0,) and not self.balance
+
+    @property
     def uses_statistics(self) -> bool:
         """Whether the weight stage looks at the inputs of the weights."""
         return self.rounding == 'feedback' and not self.train_weights

@@ -89,7 +89,7 @@ def round_view(
         rounded = quantizer.restore(quantizer.codes(view.matrix(), column_scale), column_scale)
         view.write(rounded)
     # Training has seen the rounded weight already.
-    mean = None if learned else _mean(view, statistics, exact)
+    mean = None if learned else _mean(view, recipe, statistics, exact)
     if mean is not None:
         view.map.bias_correction.copy_((exact - rounded) @ mean)
         view.map.corrected = True
@@ -122,16 +122,17 @@ def weights_rounded(model: nn.Module, names: Callable[[str], bool] = lambda name
             view.write(matrix)
 
 
-def _mean(view: WeightView, statistics: ColumnStatistics | None, exact: Tensor) -> Tensor | None:
+def _mean(view: WeightView, recipe: Recipe, statistics: ColumnStatistics | None, exact: Tensor) -> Tensor | None:
     """Mean input, or what is known of it without statistics.
 
     That is how far a channel's offset is from the mean offset (RepQ-ViT eq. 10: its share is computed with the weight
     before rounding). The mean offset itself is left out: codes are counted from it, and inputs lie around zero, not
-    around their smallest value.
+    around their smallest value. It holds where a scale is its own channel's range: scales that are chosen for the
+    weights too make offsets of their own, which say nothing of the inputs' means.
     """
     if statistics is not None:
         return statistics.mean
-    if view.map.input is None or view.map.input.offset is None:
+    if view.map.input is None or view.map.input.offset is None or not recipe.scales_are_ranges:
         return None
     offset = view.map.input.offset.detach()
     return (view.map.input.scale.detach() * (offset - offset.mean())).expand(exact.shape[1])

@@ -15,7 +15,7 @@ from gplq.feature_distance import feature_distance
 from gplq.mimicking import FeatureTap
 from gplq.plugins.hooks.frozen_model import read_frozen
 from gplq.plugins.hooks.loss_term import LossTerm
-from gplq.plugins.hooks.model import model_of
+from gplq.plugins.hooks.model import model_of, trains
 
 __all__ = ['FeatureDistillationHook']
 
@@ -54,6 +54,8 @@ class FeatureDistillationHook(Hook):
         self._attached = ExitStack()
 
     def before_run(self, runner: Runner) -> None:
+        if not trains(runner):
+            return
         # Before anything is trained, so that a missing file costs nothing.
         teacher = read_frozen('FeatureDistillationHook', self.config, self.checkpoint)
         if not hasattr(teacher, 'extract_feat'):

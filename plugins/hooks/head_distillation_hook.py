@@ -17,7 +17,7 @@ from gplq.feature_distance import feature_distance
 from gplq.mimicking import FeatureTap
 from gplq.plugins.hooks.frozen_model import read_frozen
 from gplq.plugins.hooks.loss_term import LossTerm
-from gplq.plugins.hooks.model import model_of
+from gplq.plugins.hooks.model import model_of, trains
 
 __all__ = ['HeadDistillationHook']
 
@@ -64,6 +64,8 @@ class HeadDistillationHook(Hook):
         self._attached = ExitStack()
 
     def before_run(self, runner: Runner) -> None:
+        if not trains(runner):
+            return
         # Before anything is trained, so that a missing file or another kind of detector costs nothing.
         teacher = read_frozen('HeadDistillationHook', self.config, self.checkpoint)
         names = [[head.name for head in _heads(model)] for model in (model_of(runner), teacher)]
@@ -119,16 +121,15 @@ class _Pair(NamedTuple):
     def distance(self, maps: Sequence[Tensor]) -> Tensor:
         """Between the outputs of the student's latest forward pass and the teacher's from its own maps."""
         assert self.output is not None
-        ours = self.output.take()
         with torch.no_grad():
             if self.cut is None or self.teacher.cut is None:
                 theirs = self.teacher.module(self._seen(self.output, maps))
             else:
-                _, *where = self.cut.arguments[0]
-                # What the student cut is not compared, its graph is let go.
+                (_, *where), more = self.cut.arguments
+                theirs = self.teacher.module(self.teacher.cut(self._seen(self.cut, maps), *where, **more))
+                # What the student cut is not compared; its graph is let go.
                 self.cut.take()
-                objects = self.teacher.cut(self._seen(self.cut, maps), *where, **self.cut.arguments[1])
-                theirs = self.teacher.module(objects)
+        ours = self.output.take()
         theirs = list(_flat(theirs))
         means = [output.float().mean(dim=[a for a in range(output.dim()) if a != 1], keepdim=True) for output in theirs]
         try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gplq.errors import RecipeError, TargetError
 from gplq.plugins.hooks.frozen_model import read_frozen
-from gplq.plugins.hooks.model import is_classifier, model_of, preprocess
+from gplq.plugins.hooks.model import is_classifier, model_of, preprocess, trains
 
 __all__ = ['SoftLabelHook']
 
@@ -53,6 +53,8 @@ class SoftLabelHook(Hook):
         self._teacher: nn.Module | None = None
 
     def before_run(self, runner: Runner) -> None:
+        if not trains(runner):
+            return
         # Before anything is trained, so that a missing file costs nothing.
         teacher = read_frozen('SoftLabelHook', self.config, self.checkpoint)
         for whose, model in (('the teacher', teacher), ('the model', model_of(runner))):
@@ -68,7 +70,15 @@ class SoftLabelHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         assert self._teacher is not None
         model = model_of(runner)
-        logits: Tensor = self._teacher(preprocess(model, data_batch)['inputs'], mode='tensor')
+        inputs = preprocess(model, data_batch)['inputs']
+        if inputs.ndim != 4:
+            raise TargetError(
+                f'SoftLabelHook: the batch holds {tuple(inputs.shape)}, no images for the teacher to see; leave out '
+                "FeatureCacheHook, which puts the model's own features in their place"
+            )
+        logits: Tensor = self._teacher(inputs, mode='tensor')
+        if not bool(logits.isfinite().all()):
+            raise TargetError(f'SoftLabelHook: the teacher gives NaN or infinite logits; check {self.checkpoint}')
         classes = getattr(model.head, 'out_features', getattr(model.head, 'num_classes', None))
         if classes not in (None, logits.shape[-1]):
             raise TargetError(f'SoftLabelHook: the teacher has {logits.shape[-1]} classes, the model {classes}')

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import gplq
 from gplq.exponent import InputScale, search_input_scale
+from gplq.functional import dequantize, quantize
 from gplq.observers import Range
 from gplq.spec import QuantizerSpec
 
@@ -120,3 +121,16 @@ def test_offset_covers_one_sided_values() -> None:
     assert found.offset is not None
     assert torch.allclose(found.scale * (0 + found.offset), seen.low, atol=1e-5)
     assert torch.allclose(found.scale * (15 + found.offset), seen.high, atol=1e-5)
+
+
+@pytest.mark.parametrize('value', [-30.0, 0.01, 10.0])
+def test_a_constant_channel_has_a_scale_of_its_own(value: float) -> None:
+    vectors, _ = inputs()
+    vectors[:, 2] = value
+    seen = Range(vectors.amin(0), vectors.amax(0))
+    spec = QuantizerSpec(8, signed=False, offset=True)
+    found = search_input_scale(
+        vectors, seen, weight(), spec, 32, gplq.Recipe(exponents=(1.0,), clips=(1.0,), balance=False)
+    )
+    codes = quantize(vectors, found.scale, spec.qmin, spec.qmax, found.offset)
+    assert torch.allclose(dequantize(codes, found.scale, found.offset)[:, 2], vectors[:, 2], rtol=1e-5)

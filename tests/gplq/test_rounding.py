@@ -85,15 +85,20 @@ def test_the_correction_by_hand() -> None:
 
 def test_without_statistics_a_channels_offset_counts_from_the_mean_offset() -> None:
     """Inputs are scale * (code + offset). Folded, the weights are (2, 0.5); rounded (2, 0), unfolded (1, 0)."""
+    ranges = NEAREST.replace(exponents=(1.0,), clips=(1.0,), balance=False)
     view = view_of([1.0, 0.5], input_scale=[2.0, 1.0], offset=True)
-    round_view(view, NEAREST, None)
+    round_view(view, ranges, None)
     assert rounded(view) == pytest.approx([1.0, 0.0])
     assert view.map.bias_correction.tolist() == pytest.approx([0.0]), 'all offsets are alike: codes lie around them'
     view = view_of([1.0, 0.5], input_scale=[2.0, 1.0], offset=True)
     view.map.input.offset.data = torch.tensor([-1.0, -5.0])  # type: ignore[union-attr]
-    round_view(view, NEAREST, None)
+    round_view(view, ranges, None)
     # The mean offset is -3. What rounding took from the second weight, 0.5, meets an input 1 * (-5 + 3) from there.
     assert view.map.bias_correction.tolist() == pytest.approx([0.5 * -2])
+    view = view_of([1.0, 0.5], input_scale=[2.0, 1.0], offset=True)
+    view.map.input.offset.data = torch.tensor([-1.0, -5.0])  # type: ignore[union-attr]
+    round_view(view, NEAREST, None)
+    assert not view.map.corrected, 'scales that were searched for make offsets that say nothing of the inputs'
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])

@@ -129,7 +129,7 @@ def attached(tmp_path: Path, student: nn.Module, teacher: nn.Module, **config: A
     (tmp_path / 'cascade.py').write_text(f'model = {dict(type="TinyCascade", **config)}\n')
     torch.save({'state_dict': teacher.state_dict()}, tmp_path / 'cascade.pth')
     hook = HeadDistillationHook(str(tmp_path / 'cascade.py'), str(tmp_path / 'cascade.pth'))
-    runner: Any = SimpleNamespace(model=student)
+    runner: Any = SimpleNamespace(model=student, _train_loop=object())
     hook.before_run(runner)
     hook.before_train(runner)
     return hook
@@ -140,6 +140,9 @@ def test_every_stage_of_a_cascade_by_hand(tmp_path: Path) -> None:
     student, teacher, images = TinyCascade(), TinyCascade(), torch.randn(4, 3, 4, 4)
     hook = attached(tmp_path, student, teacher)
     found = student(images)['loss_heads']
+    watched = (student.roi_head.bbox_head[0], student.roi_head.bbox_roi_extractor[1])
+    taps = [hook.__self__ for module in watched for hook in module._forward_hooks.values()]
+    assert len(taps) == 2 and all(not tap.features and tap.arguments == ((), {}) for tap in taps), 'graphs are let go'
     expected = []
     for number in range(2):
         ours, theirs = (
@@ -154,6 +157,10 @@ def test_every_stage_of_a_cascade_by_hand(tmp_path: Path) -> None:
     assert student.neck.weight.grad is not None and bool(student.neck.weight.grad.any())
     hook.after_train(SimpleNamespace())  # type: ignore[arg-type]
     assert set(student(images)) == {'loss'}
+
+
+def test_a_finished_student_needs_no_teacher() -> None:
+    HeadDistillationHook('gone.py', 'gone.pth').before_run(SimpleNamespace(_train_loop=None))  # type: ignore[arg-type]
 
 
 def test_what_cannot_teach_is_refused(train_with: Callable[..., Runner], tmp_path: Path) -> None:

@@ -17,6 +17,12 @@ from gplq.errors import CheckpointError, RecipeError, TargetError
 from gplq.plugins import SoftLabelHook
 from gplq.plugins.fgvc import TimmClassifier
 
+
+def running(model: nn.Module) -> Any:
+    """A Runner that trains."""
+    return SimpleNamespace(model=model, _train_loop=object())
+
+
 TINY = dict(img_size=16, patch_size=4, depth=1, embed_dim=12, num_heads=3)
 MODEL = dict(type='gplq.plugins.fgvc.TimmClassifier', model_name='vit_tiny_patch16_224', model_args=TINY)
 
@@ -31,8 +37,8 @@ def teach(tmp_path: Path) -> Callable[..., SoftLabelHook]:
         torch.save({'state_dict': teacher.state_dict()}, tmp_path / 'teacher.pth')
         Config(dict(model=dict(MODEL, num_classes=classes))).dump(tmp_path / 'teacher.py')
         hook = SoftLabelHook(str(tmp_path / 'teacher.py'), str(tmp_path / 'teacher.pth'), **config)
-        hook.before_run(SimpleNamespace(model=model))  # type: ignore[arg-type]
-        hook.before_train(SimpleNamespace(model=model))  # type: ignore[arg-type]
+        hook.before_run(running(model))
+        hook.before_train(running(model))
         return hook
 
     return make
@@ -51,7 +57,7 @@ def test_the_loss_is_of_the_teachers_chances(teach: Callable[..., SoftLabelHook]
     for temperature in (1.0, 4.0):
         batch: dict[str, Any] = {'inputs': list(images), 'labels': [0, 2]}
         hook = teach(model, temperature=temperature)
-        hook.before_train_iter(SimpleNamespace(model=model), 0, batch)  # type: ignore[arg-type]
+        hook.before_train_iter(running(model), 0, batch)
         soft = chances(tmp_path / 'teacher.pth', images, temperature)
         assert torch.allclose(torch.stack(batch['soft_labels']), soft, atol=1e-6)
         loss = model(**model.data_preprocessor(batch, True), mode='loss')['loss_cls']
@@ -71,7 +77,7 @@ def test_samples_of_mmpretrain_take_a_score(teach: Callable[..., SoftLabelHook],
     model.head, model.data_preprocessor = nn.Linear(2, 3), Preprocessor()
     images, samples = torch.randn(2, 3, 16, 16), [Sample(), Sample()]
     hook = teach(model)
-    hook.before_train_iter(SimpleNamespace(model=model), 0, {'inputs': list(images), 'data_samples': samples})  # type: ignore[arg-type]
+    hook.before_train_iter(running(model), 0, {'inputs': list(images), 'data_samples': samples})
     found = torch.stack([sample.score for sample in samples])
     assert torch.allclose(found, chances(tmp_path / 'teacher.pth', images), atol=1e-6)
 
@@ -116,6 +122,10 @@ def wrong_labels() -> None:
     FUNCTIONS.register_module(name='wrong_labels', module=collate, force=True)
 
 
+def test_a_finished_student_needs_no_teacher(teach: Callable[..., SoftLabelHook]) -> None:
+    SoftLabelHook('gone.py', 'gone.pth').before_run(SimpleNamespace(_train_loop=None))  # type: ignore[arg-type]
+
+
 def test_what_cannot_teach_is_refused(teach: Callable[..., SoftLabelHook], tmp_path: Path) -> None:
     model = TimmClassifier('vit_tiny_patch16_224', 3, model_args=TINY)
     with pytest.raises(RecipeError, match='temperature=0 must be above 0'):
@@ -124,7 +134,12 @@ def test_what_cannot_teach_is_refused(teach: Callable[..., SoftLabelHook], tmp_p
         teach(nn.Linear(2, 3))
     hook = teach(model, classes=4)
     with pytest.raises(TargetError, match='the teacher has 4 classes, the model 3'):
-        hook.before_train_iter(SimpleNamespace(model=model), 0, {'inputs': [torch.zeros(3, 16, 16)], 'labels': [0]})  # type: ignore[arg-type]
+        hook.before_train_iter(running(model), 0, {'inputs': [torch.zeros(3, 16, 16)], 'labels': [0]})
+    hook = teach(model)
+    with pytest.raises(TargetError, match=r'the batch holds \(2, 12\), no images .* leave out FeatureCacheHook'):
+        hook.before_train_iter(running(model), 0, {'inputs': [torch.zeros(12)] * 2, 'labels': [0, 1]})
+    with pytest.raises(TargetError, match='the teacher gives NaN or infinite logits; check .*teacher.pth'):
+        hook.before_train_iter(running(model), 0, {'inputs': [torch.full((3, 16, 16), torch.nan)], 'labels': [0]})
     missing = SoftLabelHook(str(tmp_path / 'teacher.py'), str(tmp_path / 'nowhere.pth'))
     with pytest.raises(CheckpointError, match='nowhere.pth does not exist'):
-        missing.before_run(SimpleNamespace(model=model))  # type: ignore[arg-type]
+        missing.before_run(running(model))
