@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gplq.errors import CalibrationError, StageError, TargetError
 from gplq.exported import exported_twin
 from gplq.files import write_bytes_atomically
+from gplq.native_size import blank_images, native_size
 from gplq.onnx_graph import onnx_graph
 from gplq.record import Stage, record_of
 
@@ -24,7 +25,7 @@ __all__ = ['export']
 def export(
     model: nn.Module,
     path: str | os.PathLike[str],
-    example_inputs: Tensor | Sequence[Tensor],
+    example_inputs: Tensor | Sequence[Tensor] | None = None,
     *,
     part: str = '',
     fixed_batch: bool = False,
@@ -38,7 +39,8 @@ def export(
     Args:
         model: after :func:`gplq.quantize_weights`, or from :func:`gplq.load`.
         path: of the file.
-        example_inputs: what the exported part takes, floating point, at least two samples unless ``fixed_batch``.
+        example_inputs: what the exported part takes, floating point; None makes blank images of the size that the part
+            says it is made for. How many there are matters with ``fixed_batch`` alone.
         part: name of the submodule to export, such as a detector's ``'backbone'``; all of it by default.
         fixed_batch: export for the number of samples in ``example_inputs`` alone, for models whose forward depends on
             it.
@@ -46,7 +48,7 @@ def export(
     Raises:
         StageError: if the weights are not quantized, or the ``onnx`` package is missing.
         TargetError: if there is no such part, a layer has no integer product, or the model cannot be traced.
-        CalibrationError: if there is no example.
+        CalibrationError: if there is no example and the part knows no image size.
         WriteError: if the file cannot be written.
     """
     record_of(model, Stage.QUANTIZED)
@@ -57,8 +59,14 @@ def export(
         raise StageError(f"export needs the package {error.name}: pip install '.[deploy]' in GPLQ's folder") from None
     if part and part not in dict(model.named_modules()):
         raise TargetError(f'{type(model).__name__} has no part {part!r} to export')
-    if example_inputs is None or not len(example_inputs):
-        raise CalibrationError('export needs example_inputs, a batch of what the exported part takes')
+    if example_inputs is None:
+        size = native_size(model.get_submodule(part))
+        example_inputs = () if size is None else blank_images(model.get_submodule(part), 2, size)
+    if not len(example_inputs):
+        raise CalibrationError(
+            f'{part or type(model).__name__} says no image size that it is made for: export needs example_inputs, a '
+            'batch of what it takes'
+        )
     twin = exported_twin(model)
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     graph = onnx_graph(twin.get_submodule(part), inputs, fixed_batch)

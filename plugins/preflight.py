@@ -87,7 +87,7 @@ def _check_dataset(dataset: dict, place: str) -> None:
     if root and not _is_local(root, dataset):
         return
     if root:
-        _check_data(Path(root), 'data root', place)
+        _check_data(Path(root), 'data root', place, _source(dataset))
     if dataset.get('ann_file') and _is_local(dataset['ann_file'], dataset):
         _check_data(Path(root, dataset['ann_file']), 'annotation file', place)
     for prefix in (dataset.get('data_prefix') or {}).values():
@@ -95,9 +95,18 @@ def _check_dataset(dataset: dict, place: str) -> None:
             _check_data(Path(root, prefix), 'image folder', place)
 
 
-def _check_data(path: Path, what: str, place: str) -> None:
+def _source(dataset: dict) -> str:
+    """Where the data comes from and how it lies, if its class knows."""
+    kind = dataset.get('type')
+    if isinstance(kind, str) and kind.startswith(_OURS):
+        kind = get_object_from_string(kind)
+    tell = getattr(kind, 'source', None)
+    return str(tell(dataset)) if tell else ''
+
+
+def _check_data(path: Path, what: str, place: str, source: str = '') -> None:
     if not path.exists():
-        remedy = 'say where the data is with --cfg-options data_root=PATH'
+        remedy = 'say where the data is with --cfg-options data_root=PATH' + (f'. {source}' if source else '')
         raise PreflightError(f'{what} {path} ({place}) does not exist; {remedy}')
 
 

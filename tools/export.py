@@ -53,6 +53,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=0, help='of the timing (default: 0, none)')
     parser.add_argument('--batch', type=int, default=1, help='images at a time in the timing (default: 1)')
     parser.add_argument('--threads', type=int, default=1, help='of the engines (default: 1)')
+    parser.add_argument(
+        '--fixed-batch', action='store_true', help='for models that cannot be traced with a batch of any size: --batch'
+    )
+    parser.add_argument('--method', default='gplq', help='of the checkpoint, for the rows (default: gplq)')
+    parser.add_argument('--seed', type=int, default=0, help='likewise (default: 0)')
     parser.add_argument('--rows', type=Path, metavar='FILE.jsonl', help='append the figures as result rows')
     add_run_arguments(parser)
     return parser.parse_args()
@@ -64,6 +69,8 @@ def load(args: argparse.Namespace) -> Runner:
     preflight(cfg, splits=('val',))
     # A worker that outlives the loop ends the process with a segmentation fault once OpenVINO was there.
     cfg.val_dataloader.update(num_workers=0, persistent_workers=False)
+    if args.fixed_batch:
+        cfg.val_dataloader.batch_size = args.batch
     runner = Runner.from_cfg(cfg)
     runner.register_hook(RestoreHook())
     runner.load_or_resume()
@@ -72,16 +79,23 @@ def load(args: argparse.Namespace) -> Runner:
     return runner
 
 
-def batches(runner: Runner, count: int) -> list[tuple[Tensor, Tensor | None]]:
-    """Images as the model takes them, with their labels where they are classes; alike in size or the first alone."""
+def batches(runner: Runner, count: int, part: str, fixed: bool) -> list[tuple[Tensor, Tensor | None]]:
+    """Images as the model takes them, alike in size or the first alone; with labels where the file gives classes.
+
+    Args:
+        runner: of the model.
+        count: of images, at least.
+        part: what is exported; a backbone's features are no classes.
+        fixed: only batches of as many images as the first.
+    """
     model, samples = model_of(runner), 0
     found: list[tuple[Tensor, Tensor | None]] = []
     for data in runner.val_dataloader:
         data = model.data_preprocessor(data, False)
         images = data['inputs']
-        if found and found[0][0].shape[1:] != images.shape[1:]:
+        if found and found[0][0].shape[1 - fixed :] != images.shape[1 - fixed :]:
             continue
-        found.append((images, labels_of(data)))
+        found.append((images, None if part else labels_of(data)))
         samples += len(images)
         if samples >= count:
             break
@@ -132,10 +146,10 @@ def rivals(name: str, path: Path, threads: int) -> Iterator[tuple[str, Engine]]:
         yield 'bfloat16', open_openvino(path, threads, 'bf16')
 
 
-def write_fp32(runner: Runner, part: str, example: Tensor, path: Path) -> None:
+def write_fp32(runner: Runner, part: str, example: Tensor, path: Path, fixed: bool) -> None:
     """The config's model, unquantized; how long it takes does not depend on its weights."""
     model = MODELS.build(copy.deepcopy(runner.cfg.model)).cpu().eval()
-    path.write_bytes(onnx_graph(model.get_submodule(part), (example,)).SerializeToString())
+    path.write_bytes(onnx_graph(model.get_submodule(part), (example,), fixed).SerializeToString())
 
 
 def measure(args: argparse.Namespace, runner: Runner, data: list[Any]) -> None:
@@ -146,7 +160,7 @@ def measure(args: argparse.Namespace, runner: Runner, data: list[Any]) -> None:
         fp32, watched = Path(folder, 'fp32.onnx'), Path(folder, 'codes.onnx')
         sites = with_codes(args.output, watched)
         if args.rounds:
-            write_fp32(runner, args.part, example_of(data), fp32)
+            write_fp32(runner, args.part, data[0][0] if args.fixed_batch else example_of(data), fp32, args.fixed_batch)
         for name in args.engines:
             engine = ENGINES[name](args.output, args.threads)
             watching = ENGINES[name](watched, args.threads)
@@ -190,15 +204,15 @@ def _row(args: argparse.Namespace, runner: Runner, kind: str, engine: str) -> Re
     quantized = kind == 'quantized'
     return ResultRow(
         benchmark='export',
-        split=runner.cfg.val_dataloader.dataset.get('split', 'dev'),
+        split=runner.cfg.val_dataloader.dataset.get('split', 'val'),
         model=Path(args.config).stem.removeprefix('gplq_'),
         scope='backbone',
         checkpoint_sha256=file_sha256(args.checkpoint),
-        method='gplq' if quantized else 'fp32',
+        method=args.method if quantized else 'fp32',
         weight_bits=recipe.weight_bits if quantized else 32,
         activation_bits=recipe.activation_bits if quantized else 32,
         effective_bits=None,
-        seed=0,
+        seed=args.seed if quantized else 0,
         metric='any',
         value=0.0,
         minutes=None,
@@ -222,8 +236,9 @@ def main() -> None:
         raise GPLQError(
             f'{type(model).__name__} cannot be exported as a whole: name what takes images, --part backbone'
         )
-    data = batches(runner, max(args.images, args.batch if args.rounds else 1))
-    gplq.export(model, args.output, example_of(data), part=args.part)
+    data = batches(runner, max(args.images, args.batch if args.rounds else 1), args.part, args.fixed_batch)
+    example = data[0][0] if args.fixed_batch else example_of(data)
+    gplq.export(model, args.output, example, part=args.part, fixed_batch=args.fixed_batch)
     print(f'{args.output}: {args.output.stat().st_size / 1e6:.2f} MB')
     measure(args, runner, data)
 

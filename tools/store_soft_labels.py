@@ -10,16 +10,20 @@ import argparse
 from pathlib import Path
 
 import torch
+from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.utils import track_iter_progress
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
 from gplq.errors import DataError
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
 from gplq.plugins.fgvc.multi_crop import cut, paths_of
-from gplq.plugins.fgvc.soft_labels import PARTS, Crops, top_chances, write_soft_labels
+from gplq.plugins.fgvc.soft_labels import PARTS, Crops, Seen, top_chances, write_soft_labels
 from gplq.plugins.hooks.checkpoints import load_weights
+from gplq.plugins.hooks.model import preprocess
+from gplq.plugins.type_name import type_name
 
 EXAMPLE = """example:
   python tools/store_soft_labels.py configs/swin-mini_objects100.py fp32.pth soft_labels.safetensors \\
@@ -42,6 +46,18 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def normalization_of(cfg: Config) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the channels by which the config's evaluation normalizes; ImageNet's otherwise."""
+    config = (cfg.get('val_dataloader') or {}).get('dataset') or {}
+    while 'dataset' in config:
+        config = config['dataset']
+    steps = [inner for step in config.get('pipeline') or () for inner in (step, *(step.get('transforms') or ()))]
+    for step in steps:
+        if step.get('mean') is not None and step.get('std') is not None:
+            return list(step['mean']), list(step['std'])
+    return list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+
+
 @torch.no_grad()
 def main() -> None:
     args = parse_args()
@@ -56,7 +72,9 @@ def main() -> None:
     config = cfg.train_dataloader.dataset
     while 'dataset' in config:
         config = config.dataset
-    dataset = DATASETS.build({**config, 'pipeline': [dict(type='gplq.plugins.fgvc.LoadImage')]})
+    reading = [step for step in config.get('pipeline') or () if type_name(step['type']) == 'LoadImage']
+    dataset = DATASETS.build({**config, 'pipeline': reading or [dict(type='gplq.plugins.fgvc.LoadImage')]})
+    mean, std = normalization_of(cfg)
     size = int(model.backbone.img_size[0])
     torch.manual_seed(args.seed)
     found = []
@@ -66,11 +84,13 @@ def main() -> None:
         boxes = torch.tensor([[left, top, width, height] for top, left, height, width in draws], dtype=torch.int16)
         flips = torch.rand(args.crops) < 0.5
         crops = [cut(picture, box, bool(flip), size) for box, flip in zip(boxes.tolist(), flips, strict=True)]
-        inputs = F.normalize(torch.stack(crops), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-        classes, chances = top_chances(model(inputs.to(args.device)).cpu(), args.top)
+        inputs = list(F.normalize(torch.stack(crops), mean, std))
+        logits = model(preprocess(model, {'inputs': inputs})['inputs'])
+        classes, chances = top_chances(logits.cpu(), args.top)
         found.append(Crops(boxes, flips, classes, chances))
     whole = Crops(*(torch.stack([getattr(one, part) for one in found]) for part in PARTS))
-    write_soft_labels(args.output, whole, paths_of(dataset), num_classes, Path(args.config).stem, size)
+    seen = Seen(size, tuple(mean), tuple(std))
+    write_soft_labels(args.output, whole, paths_of(dataset), num_classes, Path(args.config).stem, seen)
     print(f'\n{len(dataset)} images with {args.crops} crops each: {args.output}')
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gplq
-from gplq.errors import CheckpointError, StageError
+from gplq.errors import CheckpointError, DataError, RecipeError, StageError
 from gplq.plugins.pretrained import read_state_dict
 from gplq.plugins.timm_weights import BACKBONE, check_model_name, fit_timm_state
 from gplq.plugins.type_name import pretrained_source
@@ -62,6 +62,10 @@ class TimmClassifier(BaseModel):
     ) -> None:
         super().__init__(data_preprocessor=data_preprocessor or ImgDataPreprocessor(), init_cfg=init_cfg)
         check_model_name(model_name, 'TimmClassifier')
+        if num_classes < 1:
+            raise RecipeError(f'TimmClassifier: num_classes={num_classes} must be at least 1')
+        if 'num_classes' in (model_args or {}):
+            raise RecipeError('TimmClassifier: num_classes is an argument of its own, leave it out of model_args')
         backbone: Any = timm.create_model(model_name, num_classes=0, **(model_args or {}))
         self.backbone = backbone
         self.model_name, self.pretrained, self.model_args = model_name, pretrained, dict(model_args or {})
@@ -83,10 +87,11 @@ class TimmClassifier(BaseModel):
         """Read the file of `init_cfg`; timm has initialized the backbone otherwise."""
         if self.init_cfg is None:
             if self.pretrained:
-                whole = timm.create_model(self.model_name, pretrained=True, **self.model_args)
-                self._take(whole.state_dict(), f'{self.model_name} of timm')
+                self._take(self._fetched(), f'{self.model_name} of timm')
             return
         if isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Quantized':
+            if 'checkpoint' not in self.init_cfg:
+                raise RecipeError("TimmClassifier: init_cfg=dict(type='Quantized') names no file; add checkpoint=PATH")
             self._take_quantized(self.init_cfg['checkpoint'])
             return
         source = pretrained_source(self.init_cfg)
@@ -95,8 +100,25 @@ class TimmClassifier(BaseModel):
             return
         self._take(read_state_dict(source), source)
 
+    def _fetched(self) -> Mapping[str, Tensor]:
+        try:
+            whole = timm.create_model(self.model_name, pretrained=True, **self.model_args)
+        except Exception as error:  # a download fails in any way
+            reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+            raise CheckpointError(
+                f'timm cannot fetch the weights of {self.model_name} ({reason}); without network give a file: '
+                "init_cfg=dict(type='Pretrained', checkpoint=PATH)"
+            ) from error
+        state: Mapping[str, Tensor] = whole.state_dict()
+        return state
+
     def _take(self, state: Mapping[str, Tensor], source: str) -> None:
         """Weights of a timm classifier or of this class."""
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise CheckpointError(
+                    f'{source}: {name} holds NaN or infinite values, so nothing can be learned from it'
+                )
         self.backbone.load_state_dict(fit_timm_state(self.backbone, state, source))
         head = self._head_in(state)
         if head is not None:
@@ -131,6 +153,11 @@ class TimmClassifier(BaseModel):
     def loss(self, inputs: Tensor, labels: Tensor, soft_labels: Tensor | None = None) -> dict[str, Tensor]:
         """Cross-entropy of labels (N,), or of soft ones (N, num_classes) in their place."""
         if soft_labels is not None:
+            if soft_labels.shape != (len(inputs), self.head.out_features):
+                raise DataError(
+                    f'soft labels are {tuple(soft_labels.shape)}, not ({len(inputs)}, {self.head.out_features}) for '
+                    f'{len(inputs)} images and the classes of the head'
+                )
             return {'loss_cls': F.cross_entropy(self.logits(inputs), soft_labels)}
         if self.mixup is not None and self.training and len(inputs) % 2 == 0:
             inputs, soft = self.mixup(inputs, labels)
@@ -156,7 +183,10 @@ class TimmClassifier(BaseModel):
         """
         if mode == 'tensor':
             return self.logits(inputs)
-        assert labels is not None
+        if mode not in ('loss', 'predict'):
+            raise RecipeError(f"TimmClassifier: mode={mode!r} is none of 'tensor', 'loss' and 'predict'")
+        if labels is None:
+            raise DataError(f"TimmClassifier: mode={mode!r} needs labels in the batch; 'tensor' gives logits without")
         labels = torch.as_tensor(labels, device=inputs.device)
         if mode == 'loss':
             if soft_labels is not None and not isinstance(soft_labels, Tensor):

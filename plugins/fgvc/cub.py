@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,11 @@ class CUBDataset(ImageDataset):
         kwargs.setdefault('metainfo', {'classes': self._classes(Path(data_root))})
         super().__init__(data_root=data_root, **kwargs)
 
+    @staticmethod
+    def source(config: Mapping[str, Any]) -> str:
+        """Where the data of a config comes from, and how it lies."""
+        return HOW
+
     def load_data_list(self) -> list[dict[str, Any]]:
         """The split's images in the order of their numbers."""
         root = Path(self.data_root)
@@ -58,7 +66,7 @@ class CUBDataset(ImageDataset):
             path = root / 'images' / paths[number]
             if not path.is_file():
                 raise DataError(f'{path} is missing; {HOW}')
-            if not labels[number].isdigit():
+            if not labels[number].isdecimal():
                 raise DataError(f'{root}: image_class_labels.txt has {labels[number]!r} for image {number}, no number')
             sample: dict[str, Any] = {'img_path': str(path), 'gt_label': int(labels[number]) - 1}
             if self.crop:
@@ -74,6 +82,11 @@ class CUBDataset(ImageDataset):
         if self.split not in ('train', 'test'):
             known = sorted({'train', 'test', *named.values()})
             raise DataError(f'{root} has no split {self.split!r}, it has {known}')
+        wrong = [f'{number} {flag}' for number, flag in held.items() if flag not in ('0', '1')]
+        if wrong:
+            raise DataError(
+                f'{root}: train_test_split.txt has {wrong[0]!r}, where the image is 1 for train or 0 for test'
+            )
         return [number for number, flag in held.items() if flag == str(int(self.split == 'train'))]
 
     @staticmethod
@@ -85,6 +98,8 @@ class CUBDataset(ImageDataset):
 def _box(root: Path, number: str, text: str) -> list[float]:
     try:
         x, y, width, height = map(float, text.split())
+        if not all(map(isfinite, (x, y, width, height))) or min(width, height) <= 0:
+            raise ValueError(text)
     except ValueError:
         raise DataError(f'{root}: bounding_boxes.txt has {text!r} for image {number}, not X Y WIDTH HEIGHT') from None
     return [x, y, width, height]
@@ -94,8 +109,16 @@ def _table(path: Path) -> dict[str, str]:
     """A file of `NUMBER REST` lines."""
     if not path.is_file():
         raise DataError(f'{path} is missing; {HOW}')
-    pairs = [line.split(maxsplit=1) for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
-    wrong = [pair for pair in pairs if len(pair) != 2 or not pair[0].isdigit()]
+    try:
+        lines = path.read_text(encoding='utf-8').splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f'{path} is no text in UTF-8 ({error}); {HOW}') from None
+    pairs = [line.split(maxsplit=1) for line in lines if line.strip()]
+    wrong = [pair for pair in pairs if len(pair) != 2 or not pair[0].isdecimal()]
     if wrong or not pairs:
         raise DataError(f'{path} holds {" ".join(wrong[0]) if wrong else "nothing"!r} where NUMBER REST is due; {HOW}')
-    return {number: rest.strip() for number, rest in pairs}
+    table = {number: rest.strip() for number, rest in pairs}
+    if len(table) < len(pairs):
+        twice = next(number for number, count in Counter(number for number, _ in pairs).items() if count > 1)
+        raise DataError(f'{path} has image {twice} more than once; {HOW}')
+    return table

@@ -66,6 +66,7 @@ class FeatureCacheHook(Hook):
     def __init__(self, folder: str = 'work_dirs/features') -> None:
         self.folder = Path(folder)
         self._preprocessor: nn.Module | None = None
+        self._loaders: list[tuple[Any, DataLoader]] = []
 
     def before_train(self, runner: Runner) -> None:
         """Put loaders of features in place of those of images.
@@ -80,6 +81,7 @@ class FeatureCacheHook(Hook):
             raise DataError('FeatureCacheHook: mixed images have features of their own: set mixup=None')
         for loop in (runner.train_loop, runner.val_loop):
             if loop is not None:
+                self._loaders.append((loop, loop.dataloader))
                 loop.dataloader = self._cached(runner, loop.dataloader)
         # Features are not normalized as images are.
         self._preprocessor, model.data_preprocessor = model.data_preprocessor, ImgDataPreprocessor()
@@ -89,6 +91,9 @@ class FeatureCacheHook(Hook):
         """Take images again."""
         if self._preprocessor is not None:
             model_of(runner).data_preprocessor = self._preprocessor
+        while self._loaders:
+            loop, loader = self._loaders.pop()
+            loop.dataloader = loader
 
     def _cached(self, runner: Runner, loader: DataLoader) -> DataLoader:
         images: Any = loader.dataset
@@ -123,15 +128,20 @@ class FeatureCacheHook(Hook):
 
 
 def _draws(images: Any) -> bool:
-    """Whether reading a few images moves a random state."""
+    """Whether reading a few images moves a random state, or gives something else the second time."""
 
     def states() -> list[Any]:
-        return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()]  # type: ignore[index]
+        _, numbers, *position = np.random.get_state()
+        return [torch.get_rng_state().tolist(), numbers.tolist(), position, random.getstate()]  # type: ignore[attr-defined]
 
     before = states()
-    for index in range(min(4, len(images))):
-        images[index]
-    return states() != before
+    once, again = _first(images), _first(images)
+    return states() != before or any(not torch.equal(once[name], again[name]) for name in once)
+
+
+def _first(images: Any) -> dict[str, Tensor]:
+    """The first few images as the pipeline leaves them."""
+    return {f'image {index}': images[index]['inputs'] for index in range(min(4, len(images)))}
 
 
 def _key(model: Any, images: Any) -> str:
@@ -142,7 +152,8 @@ def _key(model: Any, images: Any) -> str:
     plan = describe(model) if is_prepared(model) else {}
     text = json.dumps([about, files, steps, told, plan, versions()], default=str)
     # Addresses of functions differ from run to run.
-    return fingerprint(model.backbone.state_dict(), re.sub(' at 0x[0-9a-f]+', '', text))
+    # Some transforms do not tell all of their settings, so images have their say, too.
+    return fingerprint({**model.backbone.state_dict(), **_first(images)}, re.sub(' at 0x[0-9a-f]+', '', text))
 
 
 def _run(model: Any, batches: DataLoader) -> Tensor:

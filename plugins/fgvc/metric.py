@@ -12,6 +12,8 @@ import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.logging import print_log
 
+from gplq.errors import DataError
+
 __all__ = ['ClassificationMetric']
 
 
@@ -40,6 +42,11 @@ class ClassificationMetric(BaseMetric):
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         """Keep the best classes of each image."""
         for sample in data_samples:
+            if not bool(sample['scores'].isfinite().all()):
+                raise DataError(
+                    f'scores of {sample.get("img_path") or "an image"} are NaN or infinite and no guess: check the '
+                    "model's weights, and the image"
+                )
             count = min(max(self.topk), len(sample['scores']))
             best = sample['scores'].topk(count).indices.tolist()
             self.results.append((best, sample['label'], sample.get('img_path', '')))

@@ -21,33 +21,24 @@ __all__ = ['MultiCropDataset', 'collate_crops', 'cut', 'paths_of']
 class MultiCropDataset:
     """Images with the crops that a teacher saw, some of them each time an image is asked for.
 
-    Crops are (crops, 3, size, size), normalized here; the inner data set's pipeline ends with the image, as `LoadImage`
-    leaves it. Take `collate_fn=dict(type='gplq.plugins.fgvc.collate_crops')` with it: a batch of 32 images with 4 crops
-    is a batch of 128.
+    Crops are (crops, 3, size, size), normalized as the teacher's were; the inner data set's pipeline ends with the
+    image, as `LoadImage` leaves it. Take `collate_fn=dict(type='gplq.plugins.fgvc.collate_crops')` with it: a batch of
+    32 images with 4 crops is a batch of 128.
 
     Args:
         dataset: the images' data set, or its config.
         soft_labels: what `tools/store_soft_labels.py` wrote for these very images.
         crops: how many of an image's crops are drawn.
-        mean: of the channels, for images between 0 and 1.
-        std: likewise.
 
     Raises:
         DataError: the soft labels are missing, damaged or of other images.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        soft_labels: str,
-        crops: int = 4,
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
-    ) -> None:
+    def __init__(self, dataset: Any, soft_labels: str, crops: int = 4) -> None:
         self.soft_labels = SoftLabels(soft_labels)
         if not 1 <= crops <= self.soft_labels.shape[1]:
             raise DataError(f'crops={crops}: {soft_labels} has {self.soft_labels.shape[1]} of each image')
-        self.crops, self.mean, self.std = crops, list(mean), list(std)
+        self.crops = crops
         self.dataset = DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
         self.dataset.full_init()
         self.soft_labels.check(paths_of(self.dataset), len(self.metainfo['classes']))
@@ -68,15 +59,15 @@ class MultiCropDataset:
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
         results = self.dataset[idx]
-        size = self.soft_labels.size
+        seen = self.soft_labels.seen
         # In random order too: with one crop an image, every crop has its turn.
         found = self.soft_labels.crops(idx, torch.randperm(self.soft_labels.shape[1])[: self.crops].tolist())
         images = [
-            cut(results['img'], box, bool(flip), size)
+            cut(results['img'], box, bool(flip), seen.size)
             for box, flip in zip(found.boxes.tolist(), found.flips, strict=True)
         ]
         return {
-            'inputs': torch.stack([F.normalize(image, self.mean, self.std) for image in images]),
+            'inputs': torch.stack([F.normalize(image, list(seen.mean), list(seen.std)) for image in images]),
             'soft_labels': soft_targets(found, self.soft_labels.num_classes),
             'labels': results['gt_label'],
             'img_path': results['img_path'],

@@ -18,9 +18,9 @@ from gplq.errors import DataError
 from gplq.files import write_atomically
 from gplq.fingerprint import fingerprint
 
-__all__ = ['PARTS', 'Crops', 'SoftLabels', 'soft_targets', 'top_chances', 'write_soft_labels']
+__all__ = ['PARTS', 'Crops', 'Seen', 'SoftLabels', 'soft_targets', 'top_chances', 'write_soft_labels']
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,21 @@ class Crops:
     flips: Tensor
     classes: Tensor
     chances: Tensor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How the teacher saw a crop, and its student must.
+
+    Attributes:
+        size: its side.
+        mean: taken from the channels, for images between 0 and 1.
+        std: what they were divided by.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 PARTS = tuple(field.name for field in fields(Crops))
@@ -63,7 +78,7 @@ def soft_targets(crops: Crops, num_classes: int) -> Tensor:
 
 
 def write_soft_labels(
-    path: str | Path, crops: Crops, paths: Sequence[str], num_classes: int, teacher: str, size: int
+    path: str | Path, crops: Crops, paths: Sequence[str], num_classes: int, teacher: str, seen: Seen
 ) -> None:
     """Write crops of images, in the order of the data set.
 
@@ -73,14 +88,14 @@ def write_soft_labels(
         paths: of the images, of which the last two parts are kept in a hash.
         num_classes: of the teacher.
         teacher: what the labels are from, for people.
-        size: side of the crops that the teacher saw.
+        seen: how the teacher saw the crops.
 
     Raises:
         WriteError: the file cannot be written; what was there before stays.
     """
     tensors = {name: getattr(crops, name).contiguous() for name in PARTS}
     about = {'version': VERSION, 'images': names_hash(paths), 'num_classes': num_classes, 'teacher': teacher}
-    about |= {'size': size, 'sha256': fingerprint(tensors, '')}
+    about |= {'size': seen.size, 'mean': seen.mean, 'std': seen.std, 'sha256': fingerprint(tensors, '')}
     metadata = {'gplq_soft_labels': json.dumps(about)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
@@ -118,7 +133,8 @@ class SoftLabels:
             )
         if set(tensors) != set(PARTS) or about.get('sha256') != fingerprint(tensors, ''):
             raise DataError(f'soft labels {path} are damaged, their checksum differs: copy or write them anew')
-        self.num_classes, self.images, self.size = int(about['num_classes']), str(about['images']), int(about['size'])
+        self.num_classes, self.images = int(about['num_classes']), str(about['images'])
+        self.seen = Seen(int(about['size']), tuple(about['mean']), tuple(about['std']))
         self.teacher = str(about['teacher'])
         self.shape = tuple(tensors['flips'].shape)
         self._file: Any = None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torchvision.datasets
 
-from gplq.errors import DataError
+from gplq.errors import DataError, RecipeError
 
 from .image_dataset import ImageDataset
 
@@ -36,6 +37,7 @@ SOURCES = {
     'ImageNet': ('https://image-net.org/download-images', '{train,val}/WNID/IMAGE.JPEG, meta.bin'),
     'ImageFolder': ('your own images', 'CLASS/IMAGE'),
 }
+FOLDERS = ('ImageNet', 'ImageFolder')
 
 
 class TorchvisionDataset(ImageDataset):
@@ -77,7 +79,16 @@ class TorchvisionDataset(ImageDataset):
             pairs = list(zip(self.listing._images, self.listing._labels, strict=True))
         else:
             pairs = [self.listing[index] for index in range(len(self.listing))]
+        # Those of folders were found by looking.
+        missing = [path for path, _ in pairs if not Path(path).is_file()] if self.name not in FOLDERS else []
+        if missing:
+            raise DataError(f'{self.name}: {missing[0]} is missing; {_how(self.name, self.data_root)}')
         return [{'img_path': str(path), 'gt_label': int(label)} for path, label in pairs]
+
+    @staticmethod
+    def source(config: Mapping[str, Any]) -> str:
+        """Where the data of a config comes from, and how it lies."""
+        return _how(config['name'], config['data_root']) if config.get('name') in SOURCES else ''
 
     def _listing(self, root: Path, split: str | None, download: bool, options: dict[str, Any]) -> Any:
         kind = getattr(torchvision.datasets, self.name)
@@ -96,18 +107,28 @@ class TorchvisionDataset(ImageDataset):
             arguments.setdefault('allow_empty', True)
         elif split is not None:
             arguments['split'] = split
+        foreign = sorted(set(options) - set(known))
+        if foreign:
+            raise RecipeError(f'TorchvisionDataset: {self.name} has no option {foreign}; known are {sorted(known)}')
         if 'download' in known:
             arguments['download'] = download
         if self.name != 'OxfordIIITPet':
             arguments['loader'] = str
         try:
             return kind(root, **arguments)
-        except (RuntimeError, OSError, ValueError) as error:
-            where, how = SOURCES[self.name]
+        except Exception as error:  # its readers of lists raise anything
             reason = ' '.join(str(error).split())
-            raise DataError(
-                f'{self.name} cannot be read from {root} ({reason}): get it from {where} and lay it out as {root}/{how}'
-            ) from error
+            if isinstance(error, ValueError) and 'split' in reason:
+                raise DataError(f'TorchvisionDataset: {self.name} has no split {split!r}: {reason}') from error
+            if not isinstance(error, (RuntimeError, OSError, ValueError)):
+                # A key, an index, a pickle: says nothing to who has a damaged file.
+                reason = f'a list in it is damaged, {type(error).__name__}'
+            raise DataError(f'{self.name} cannot be read from {root} ({reason}): {_how(self.name, root)}') from error
+
+
+def _how(name: str, root: str | Path) -> str:
+    where, how = SOURCES[name]
+    return f'get it from {where} and lay it out as {root}/{how}'
 
 
 def _folders(root: Path) -> set[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
 import torchvision.transforms.v2 as torchvision_transforms
 from PIL import Image
 from timm.data.transforms_factory import create_transform
@@ -29,7 +31,7 @@ class LoadImage:
     def __call__(self, results: Results) -> Results:
         try:
             with Image.open(results['img_path']) as image:
-                picture = image.convert('RGB')
+                picture = _rgb(image)
         except Exception as error:  # decoders raise anything
             raise DataError(
                 f'{results["img_path"]} cannot be read as an image: {error}; mend it or take it out'
@@ -37,6 +39,13 @@ class LoadImage:
         if results.get('box') is not None:
             picture = picture.crop(_within(results['box'], self.margin, picture.size))
         return {**results, 'img': picture}
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Three channels of 8 bits; Pillow would cut 16-bit grey off at 255."""
+    if image.mode.startswith('I'):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert('RGB')
 
 
 def _within(box: Sequence[float], margin: float, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -67,25 +76,41 @@ class TorchvisionTransform:
     """Transforms of `torchvision.transforms.v2` in a row, each by its class's name and its arguments.
 
     Args:
-        transforms: such as `[dict(type='Resize', size=256), dict(type='CenterCrop', size=224)]`.
+        transforms: such as `[dict(type='Resize', size=256, interpolation='bicubic'), dict(type='ToImage'),
+            dict(type='ToDtype', dtype='float32', scale=True)]`; kinds of interpolation and numbers go by their names.
 
     Raises:
-        RecipeError: torchvision has no transform of a name.
+        RecipeError: torchvision has no transform of a name, or it does not take its arguments.
     """
 
     def __init__(self, transforms: Sequence[dict[str, Any]]) -> None:
         steps = []
         for step in transforms:
             options = dict(step)
-            name = options.pop('type')
-            kind = getattr(torchvision_transforms, name, None)
-            if kind is None:
-                raise RecipeError(f'TorchvisionTransform: torchvision.transforms.v2 has no {name!r}')
-            steps.append(kind(**options))
+            name = options.pop('type', None)
+            kind = getattr(torchvision_transforms, str(name), None)
+            if not isinstance(kind, type):
+                raise RecipeError(f'TorchvisionTransform: torchvision.transforms.v2 has no transform {name!r} (type)')
+            try:
+                steps.append(kind(**{key: _by_name(key, value) for key, value in options.items()}))
+            except (TypeError, ValueError) as error:
+                raise RecipeError(f'TorchvisionTransform: {name} does not take {options}: {error}') from error
         self.transform = torchvision_transforms.Compose(steps)
 
     def __call__(self, results: Results) -> Results:
         return {**results, 'img': self.transform(results['img'])}
+
+
+def _by_name(option: str, value: Any) -> Any:
+    """What a config can only name."""
+    if option == 'interpolation' and isinstance(value, str):
+        return torchvision_transforms.InterpolationMode(value)
+    if option == 'dtype' and isinstance(value, str):
+        found = getattr(torch, value, None)
+        if not isinstance(found, torch.dtype):
+            raise ValueError(f'torch has no {value!r}')
+        return found
+    return value
 
 
 class PackImage:

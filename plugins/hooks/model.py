@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import torch
 from mmengine.dist import broadcast
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from gplq.batches import to_device
 from gplq.errors import GPLQError, TargetError
+from gplq.native_size import blank_images, native_size
 from gplq.plugins.hooks.settings import HookSettings
 
 __all__ = [
@@ -157,10 +157,7 @@ def blank_forward(model: nn.Module, settings: HookSettings) -> Callable[[nn.Modu
         TargetError: if the part does not take images of that size.
     """
     part = part_of(model, settings)
-    height, width = settings.example_size or _native_size(part)
-    device = next(model.parameters()).device
-    channels = next((m.in_channels for m in part.modules() if isinstance(m, nn.Conv2d)), 3)
-    blank = torch.zeros(1, channels, height, width, device=device)
+    blank = blank_images(part, 1, settings.example_size or native_size(part) or (224, 224))
 
     def forward(model: nn.Module) -> Any:
         try:
@@ -174,15 +171,3 @@ def blank_forward(model: nn.Module, settings: HookSettings) -> Callable[[nn.Modu
             ) from error
 
     return forward
-
-
-def _native_size(part: nn.Module) -> tuple[int, int]:
-    """`img_size` of the part or of a module in it, in mmpretrain's patch embeddings `init_input_size`; else 224."""
-    for module in part.modules():
-        for name in ('img_size', 'pretrain_img_size', 'init_input_size'):
-            size = getattr(module, name, None)
-            if isinstance(size, int):
-                return size, size
-            if isinstance(size, Sequence) and len(size) == 2 and all(isinstance(n, int) for n in size):
-                return int(size[0]), int(size[1])
-    return 224, 224

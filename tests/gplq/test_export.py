@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gplq
-from gplq.errors import StageError, TargetError
+from gplq.errors import CalibrationError, StageError, TargetError
 from gplq.exported import exported_twin
 
 onnx = pytest.importorskip('onnx')
@@ -190,6 +190,16 @@ def test_a_part(quantized: Callable[..., nn.Module], images: Tensor, tmp_path: P
     assert torch.allclose(Session(tmp_path / 'block.onnx')(tokens), expected, atol=1e-4)
     with pytest.raises(TargetError, match="no part 'block'"):
         gplq.export(model, tmp_path / 'block.onnx', tokens, part='block')
+
+
+def test_without_an_example(quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path) -> None:
+    model = quantized('w4a4')
+    with pytest.raises(CalibrationError, match='says no image size that it is made for: export needs example_inputs'):
+        gplq.export(model, tmp_path / 'model.onnx')
+    model.img_size = images.shape[-1]
+    gplq.export(model, tmp_path / 'model.onnx')
+    with torch.no_grad():
+        assert torch.allclose(Session(tmp_path / 'model.onnx')(images[:3]), model(images[:3]), atol=1e-4)
 
 
 def test_what_cannot_be_exported(

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from gplq.errors import CheckpointError, DataError, RecipeError
 from gplq.plugins.fgvc import TimmClassifier
 
 VIT = dict(img_size=32, patch_size=8, depth=2, embed_dim=24, num_heads=3)
@@ -111,6 +112,50 @@ def test_features_that_pass_a_hidden_layer() -> None:
 def test_unknown_model_is_named() -> None:
     with pytest.raises(ValueError, match="no model 'vit_huge'"):
         TimmClassifier('vit_huge', num_classes=2)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        (dict(num_classes=0), 'num_classes=0 must be at least 1'),
+        (dict(num_classes=2, model_args=dict(num_classes=2)), 'num_classes is an argument of its own'),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        TimmClassifier('mobilenetv3_small_050', **settings)
+
+
+def test_what_a_forward_pass_cannot_do() -> None:
+    model, x = TimmClassifier('mobilenetv3_small_050', num_classes=5).eval(), torch.rand(2, 3, 32, 32)
+    with pytest.raises(RecipeError, match="mode='pred' is none of 'tensor', 'loss' and 'predict'"):
+        model(x, [0, 1], mode='pred')
+    with pytest.raises(DataError, match="mode='predict' needs labels in the batch"):
+        model(x, mode='predict')
+    with pytest.raises(DataError, match=r'soft labels are \(2, 4\), not \(2, 5\)'):
+        model(x, [0, 1], mode='loss', soft_labels=torch.ones(2, 4) / 4)
+
+
+def test_weights_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TimmClassifier('mobilenetv3_small_050', num_classes=5)
+    state = {f'backbone.{name}': value for name, value in model.backbone.state_dict().items()}
+    state['backbone.conv_stem.weight'][0, 0, 0, 0] = torch.nan
+    torch.save({'state_dict': state}, tmp_path / 'nan.pth')
+    broken = dict(type='Pretrained', checkpoint=str(tmp_path / 'nan.pth'))
+    with pytest.raises(CheckpointError, match=r'nan.pth: backbone.conv_stem.weight holds NaN or infinite values'):
+        TimmClassifier('mobilenetv3_small_050', num_classes=5, init_cfg=broken).init_weights()
+    with pytest.raises(RecipeError, match=r"init_cfg=dict\(type='Quantized'\) names no file"):
+        TimmClassifier('mobilenetv3_small_050', 5, frozen=True, init_cfg=dict(type='Quantized')).init_weights()
+
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError('no route\nto host')
+
+    fetched = TimmClassifier('mobilenetv3_small_050', num_classes=5, pretrained=True)
+    monkeypatch.setattr('timm.create_model', offline)
+    with pytest.raises(
+        CheckpointError, match=r'weights of mobilenetv3_small_050 \(ConnectionError: no route\); .*give a'
+    ):
+        fetched.init_weights()
 
 
 def test_nothing_of_detection_is_imported() -> None:

@@ -62,6 +62,12 @@ def test_damaged_lists_and_unknown_splits(cub_root: Path) -> None:
         CUBDataset(str(cub_root))
 
 
+def test_lists_are_text(cub_root: Path) -> None:
+    (cub_root / 'images.txt').write_bytes(b'1 \xff\xfe.jpg\n')
+    with pytest.raises(DataError, match=r'images.txt is no text in UTF-8 .*CUB-200-2011 comes from'):
+        CUBDataset(str(cub_root))
+
+
 def test_corrupt_images_are_named_or_left_out_and_counted(cub_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (cub_root / 'images/002.Laysan_Albatross/bird_5.jpg').write_bytes(b'no image')
     pipeline = [LoadImage()]
@@ -82,6 +88,11 @@ def test_corrupt_images_are_named_or_left_out_and_counted(cub_root: Path, capsys
         ('image_class_labels.txt', '1 4', 'label 3 is none of the 3 classes'),
         ('bounding_boxes.txt', '1 2.0 3.0 4.0', "'2.0 3.0 4.0' for image 1, not X Y WIDTH HEIGHT"),
         ('bounding_boxes.txt', '99 1 1 1 1', "'' for image 1, not X Y"),
+        ('bounding_boxes.txt', '1 nan 1 1 1', "'nan 1 1 1' for image 1, not X Y"),
+        ('bounding_boxes.txt', '1 1 1 -2 1', "'1 1 -2 1' for image 1, not X Y"),
+        ('image_class_labels.txt', '1 ²', "'²' for image 1, no number"),
+        ('images.txt', '2 001.Black_footed_Albatross/bird_1.jpg', 'images.txt has image 2 more than once'),
+        ('train_test_split.txt', '1 true', "train_test_split.txt has '1 true', where the image is 1 for train"),
     ],
 )
 def test_labels_and_boxes_that_cannot_be(file: str, line: str, message: str, cub_root: Path) -> None:

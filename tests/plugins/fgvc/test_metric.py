@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gplq.errors import DataError
 from gplq.plugins.fgvc import ClassificationMetric
 
 # Three classes; what is found, in order of score, and the label. Right: 1 of 3 of class 0, 1 of 1 of class 2.
@@ -30,6 +31,12 @@ def test_accuracies_in_percent_over_images_and_over_classes(tmp_path: Path) -> N
     )
     found = json.loads((tmp_path / 'found' / 'test.json').read_text())
     assert found['1.jpg'] == {'found': 1, 'label': 0} and found['3.jpg'] == {'found': 2, 'label': 2}
+
+
+def test_nan_is_no_guess() -> None:
+    sample = {'scores': torch.tensor([0.5, torch.nan, 0.5]), 'label': 0, 'img_path': 'crow.jpg'}
+    with pytest.raises(DataError, match='scores of crow.jpg are NaN or infinite'):
+        ClassificationMetric().process(None, [sample])
 
 
 def test_confused_pairs_are_told_by_name(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:

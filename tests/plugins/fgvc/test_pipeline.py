@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -112,6 +113,10 @@ def test_export_compares_top_1(make_config: Callable[..., Config], tmp_path: Pat
     command += ['--rounds', '3', '--batch', '2', '--rows', 'rows.jsonl']
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
+    part = subprocess.run(
+        [*command[:-2], '--part', 'backbone'], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert part.returncode == 0 and 'top-1' not in part.stdout, 'features are no classes'
     found = re.findall(r'top-1 ([\d.]+) %, in PyTorch ([\d.]+) %, on 6 images', done.stdout)
     assert len(found) == 2 and all(engine == torch_ for engine, torch_ in found)
     rows = read_rows(tmp_path / 'rows.jsonl')
@@ -152,6 +157,13 @@ def probe(make_config: Callable[..., Config], cub_root: Path, tmp_path: Path) ->
         return config
 
     return make
+
+
+OWN = torch.Generator()
+
+
+def numpy_noise(results: dict[str, Any]) -> dict[str, Any]:
+    return {**results, 'img': results['img'] + np.random.rand()}
 
 
 def trained(config: Config) -> Runner:
@@ -219,6 +231,15 @@ def test_what_a_probe_cannot_be(
     config.train_dataloader.dataset.pipeline.insert(1, flip)
     with pytest.raises(DataError, match='draws random numbers'):
         trained(config)
+    # Numbers of its own, or numpy's behind the first of a block of 624.
+    for step in (lambda results: {**results, 'img': results['img'] + torch.rand(1, generator=OWN)}, numpy_noise):
+        config = probe('noisy', init_cfg, cached=True)
+        np.random.rand()
+        runner = Runner.from_cfg(config)
+        runner.register_hook(RestoreHook())
+        runner.train_loop.dataloader.dataset.pipeline.transforms.insert(-1, step)
+        with pytest.raises(DataError, match='draws random numbers'):
+            runner.train()
     config = probe('mixed', init_cfg, cached=True)
     config.model.mixup = dict(mixup_alpha=1.0)
     with pytest.raises(DataError, match='set mixup=None'):
@@ -256,14 +277,24 @@ def test_features_are_found_again_only_for_the_same_images_and_model(
     assert runner.model.data_preprocessor.mean.flatten().tolist() == pytest.approx([0.1] * 3), (
         'images are normalized again'
     )
+    runner.val()
+    # A setting that torchvision's transforms do not tell.
+    for fill in (3, 9):
+        config = probe(f'padded{fill}', init_cfg, cached=True)
+        pad = dict(type='Pad', padding=2, fill={'others': fill})
+        for data in (config.train_dataloader.dataset, config.val_dataloader.dataset):
+            data.pipeline.insert(1, dict(type=FGVC + 'TorchvisionTransform', transforms=[pad]))
+        trained(config)
+    before = 10
+    assert files() == before
     # A changed image of training; a damaged file is made again.
     path = cub_root / 'images/001.Black_footed_Albatross/bird_1.jpg'
     path.write_bytes((cub_root / 'images/002.Laysan_Albatross/bird_2.jpg').read_bytes())
     trained(probe('changed', init_cfg, cached=True))
-    assert files() == 7
+    assert files() == before + 1
     newest = max((tmp_path / 'features').iterdir(), key=lambda file: file.stat().st_mtime_ns)
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes(content)
     trained(probe('damaged', init_cfg, cached=True))
-    assert files() == 7 and newest.read_bytes() != bytes(content)
+    assert files() == before + 1 and newest.read_bytes() != bytes(content)

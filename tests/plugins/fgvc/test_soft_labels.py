@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from gplq.errors import DataError
 from gplq.plugins.fgvc import CUBDataset, LoadImage, MultiCropDataset, TimmClassifier, collate_crops
 from gplq.plugins.fgvc.multi_crop import cut, paths_of
-from gplq.plugins.fgvc.soft_labels import Crops, SoftLabels, soft_targets, top_chances, write_soft_labels
+from gplq.plugins.fgvc.soft_labels import Crops, Seen, SoftLabels, soft_targets, top_chances, write_soft_labels
 from gplq.plugins.hooks.replay_data import Draw, ReplayDataset
 
 TOOL = Path(__file__).parents[3] / 'tools' / 'store_soft_labels.py'
@@ -40,13 +40,14 @@ def dataset(cub_root: Path) -> CUBDataset:
 @pytest.fixture
 def stored(dataset: CUBDataset, tmp_path: Path) -> Path:
     path = tmp_path / 'soft.safetensors'
-    write_soft_labels(path, made(), paths_of(dataset), 3, 'teacher', 8)
+    write_soft_labels(path, made(), paths_of(dataset), 3, 'teacher', Seen(8, (0.0,) * 3, (1.0,) * 3))
     return path
 
 
 def test_what_is_written_is_read(stored: Path, dataset: CUBDataset) -> None:
     labels, expected = SoftLabels(str(stored)), made()
-    assert (labels.shape, labels.num_classes, labels.size, labels.teacher) == ((6, 5), 3, 8, 'teacher')
+    assert (labels.shape, labels.num_classes, labels.teacher) == ((6, 5), 3, 'teacher')
+    assert labels.seen == Seen(8, (0.0,) * 3, (1.0,) * 3)
     labels.check(paths_of(dataset), 3)
     # As a worker gets it.
     labels = pickle.loads(pickle.dumps(labels))
@@ -72,7 +73,7 @@ def test_what_the_likeliest_leave_is_spread_over_the_others() -> None:
 
 def test_crops_are_those_that_were_stored(stored: Path, cub_root: Path) -> None:
     inner = dict(type=CUBDataset, data_root=str(cub_root), pipeline=[dict(type=LoadImage)])
-    data = MultiCropDataset(inner, str(stored), crops=5, mean=(0, 0, 0), std=(1, 1, 1))
+    data = MultiCropDataset(inner, str(stored), crops=5)
     sample, expected = data[2], made()
     picture = Image.open(sample['img_path']).convert('RGB')
     wanted = [
@@ -137,8 +138,8 @@ def test_what_cannot_be_used_is_named(stored: Path, dataset: CUBDataset, tmp_pat
     damaged.write_bytes(content[:-40])
     with pytest.raises(DataError, match='cannot be read'):
         SoftLabels(str(damaged))
-    damaged.write_bytes(content.replace(b'\\"version\\": 1', b'\\"version\\": 7'))
-    with pytest.raises(DataError, match=r'no soft labels of version 1 \(version 7\)'):
+    damaged.write_bytes(content.replace(b'\\"version\\": 2', b'\\"version\\": 7'))
+    with pytest.raises(DataError, match=r'no soft labels of version 2 \(version 7\)'):
         SoftLabels(str(damaged))
 
 
@@ -151,7 +152,10 @@ model = dict(
     type='gplq.plugins.fgvc.TimmClassifier', model_name='vit_tiny_patch16_224', num_classes=3,
     model_args=dict(img_size=8, patch_size=4, embed_dim=12, depth=1, num_heads=2))
 train_dataloader = dict(batch_size=2, dataset=dict(
-    type='gplq.plugins.fgvc.CUBDataset', data_root={str(cub_root)!r}, pipeline=[]))
+    type='gplq.plugins.fgvc.CUBDataset', data_root={str(cub_root)!r}, pipeline=[dict(type='ToNothing')]))
+val_dataloader = dict(dataset=dict(pipeline=[
+    dict(type='gplq.plugins.fgvc.LoadImage'),
+    dict(type='gplq.plugins.fgvc.TimmTransform', mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))]))
 """)
     torch.manual_seed(0)
     teacher = MODELS.build(Config.fromfile(config).model).eval()
@@ -160,7 +164,8 @@ train_dataloader = dict(batch_size=2, dataset=dict(
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     labels = SoftLabels(str(out))
-    assert (labels.shape, labels.size) == ((6, 3), 8)
+    # As evaluation normalizes; its own step in training says otherwise.
+    assert (labels.shape, labels.seen) == ((6, 3), Seen(8, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)))
     inner = dict(type=CUBDataset, data_root=str(cub_root), pipeline=[dict(type=LoadImage)])
     data = DATASETS.build(dict(type='MultiCropDataset', dataset=inner, soft_labels=str(out), crops=3))
     sample = data[1]

@@ -11,9 +11,9 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from gplq.errors import DataError
+from gplq.errors import DataError, RecipeError
 from gplq.plugins.fgvc import LoadImage, TorchvisionDataset
-from gplq.plugins.fgvc.torchvision_dataset import SOURCES
+from gplq.plugins.fgvc.torchvision_dataset import FOLDERS, SOURCES
 
 
 def draw(path: Path) -> None:
@@ -118,6 +118,31 @@ def test_a_missing_download_says_where_it_comes_from_and_how_it_must_lie(name: s
         TorchvisionDataset(name, str(tmp_path / 'nothing'), split=MINIATURES[name][1])
     where, how = SOURCES[name]
     assert where in str(error.value) and how in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize('name', [name for name in MINIATURES if name not in FOLDERS])
+def test_half_a_download_says_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('torchvision.datasets.flowers102.check_integrity', lambda path, md5: Path(path).is_file())
+    make, split = MINIATURES[name]
+    make(tmp_path)
+    image = next(path for path in sorted(tmp_path.rglob('*')) if path.suffix in ('.jpg', '.png') and '2' in path.stem)
+    image.unlink()
+    with pytest.raises(DataError, match=f'{image.name} is missing; get it from '):
+        TorchvisionDataset(name, str(tmp_path), split=split)
+
+
+def test_damaged_lists_splits_and_options_get_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('torchvision.datasets.flowers102.check_integrity', lambda path, md5: Path(path).is_file())
+    for name, damaged in (('FGVCAircraft', 'variants.txt'), ('Flowers102', 'setid.mat'), ('ImageNet', 'meta.bin')):
+        make, split = MINIATURES[name]
+        make(tmp_path / name)
+        next((tmp_path / name).rglob(damaged)).write_bytes(b'')
+        with pytest.raises(DataError, match=f'{name} cannot be read from .*a list in it is damaged.*get it from'):
+            TorchvisionDataset(name, str(tmp_path / name), split=split)
+    with pytest.raises(DataError, match="FGVCAircraft has no split 'dev': .*trainval"):
+        TorchvisionDataset('FGVCAircraft', str(tmp_path / 'FGVCAircraft'), split='dev')
+    with pytest.raises(RecipeError, match=r"FGVCAircraft has no option \['level'\]; known are .*annotation_level"):
+        TorchvisionDataset('FGVCAircraft', str(tmp_path / 'FGVCAircraft'), options={'level': 'family'})
 
 
 def test_unknown_name(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from gplq.errors import RecipeError
 from gplq.plugins.fgvc import LoadImage, PackImage, TimmTransform, TorchvisionTransform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -27,7 +28,7 @@ def test_torchvisions_transforms_by_name() -> None:
     step = TorchvisionTransform([dict(type='CenterCrop', size=2), dict(type='PILToTensor')])
     expected = torch.from_numpy(np.asarray(image)[1:3, 1:3].copy()).permute(2, 0, 1)
     assert torch.equal(step({'img': image})['img'], expected)
-    with pytest.raises(ValueError, match="no 'CentreCrop'"):
+    with pytest.raises(ValueError, match="no transform 'CentreCrop'"):
         TorchvisionTransform([dict(type='CentreCrop', size=2)])
 
 
@@ -42,3 +43,28 @@ def test_boxes_beyond_the_image_keep_a_pixel(tmp_path: Path) -> None:
     for box in ([9.0, 9.0, 2.0, 2.0], [-4.0, -4.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]):
         size = LoadImage()({'img_path': str(tmp_path / 'a.png'), 'box': box})['img'].size
         assert min(size) >= 1
+
+
+def test_kinds_of_interpolation_and_numbers_go_by_their_names() -> None:
+    image = Image.fromarray(np.full((4, 4, 3), 51, np.uint8))
+    steps = [
+        dict(type='Resize', size=2, interpolation='bicubic'),
+        dict(type='ToImage'),
+        dict(type='ToDtype', dtype='float32', scale=True),
+    ]
+    found = TorchvisionTransform(steps)({'img': image})['img']
+    assert found.dtype == torch.float32 and torch.allclose(found, torch.full((3, 2, 2), 0.2))
+    for step, message in (
+        (dict(size=2), 'no transform None'),
+        (dict(type='functional'), "no transform 'functional'"),
+        (dict(type='Resize', length=2), 'Resize does not take .*length'),
+        (dict(type='ToDtype', dtype='float33'), "ToDtype does not take .*torch has no 'float33'"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            TorchvisionTransform([step])
+
+
+def test_sixteen_bits_of_grey_become_eight(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 256, 40000, 65535]], np.uint16)).save(tmp_path / 'deep.png')
+    picture = LoadImage()({'img_path': str(tmp_path / 'deep.png')})['img']
+    assert np.asarray(picture)[0, :, 0].tolist() == [0, 1, 156, 255]
