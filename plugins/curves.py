@@ -52,27 +52,44 @@ class Course(NamedTuple):
         return self.end[1]
 
 
-def courses_of(rows: Iterable[ResultRow], metric: str) -> list[Course]:
+def courses_of(files: Iterable[Iterable[ResultRow]], metric: str) -> list[Course]:
     """The courses that rows of `tools/benchmark.py --curves` hold, of one metric.
 
-    Rows of a run's end belong to its course, too.
+    Rows of a run's end, which lie in another file, belong to its course, too. Where the minutes of a run start anew
+    within a file it was made again, and replaces the earlier one.
+
+    Args:
+        files: rows of each file.
+        metric: of the rows that are taken.
 
     Raises:
-        ResultError: there is none of the metric.
+        ResultError: there is none of the metric, or they are of several models, checkpoints or splits.
     """
-    found: dict[tuple[str, str, int], dict[float, float]] = {}
-    for row in rows:
+    found: dict[tuple[int, str, str, int], dict[float, float]] = {}
+    of: set[tuple[str, str, str, str]] = set()
+    for number, row in ((number, row) for number, rows in enumerate(files) for row in rows):
         if row.metric == metric and row.minutes is not None:
+            of.add((row.benchmark, row.model, row.split, row.checkpoint_sha256[:8]))
             name = ' '.join(filter(None, (row.method, row.variant)))
             bits = 'FP32' if row.activation_bits == 32 else f'W{row.weight_bits}A{row.activation_bits}'
-            found.setdefault((name, bits, row.seed), {})[row.minutes] = row.value
+            points = found.setdefault((number, name, bits, row.seed), {})
+            if points and row.minutes <= max(points):
+                points.clear()
+            points[row.minutes] = row.value
+    if len(of) > 1:
+        raise ResultError(f'rows of {metric} are of several models, checkpoints or splits: {sorted(of)}; choose one')
     if not found:
         raise ResultError(f'no rows of {metric} with minutes')
-    return [Course(*key, tuple(sorted(points.items()))) for key, points in sorted(found.items())]
+    whole: dict[tuple[str, str, int], dict[float, float]] = {}
+    for (_, name, bits, seed), points in found.items():
+        whole.setdefault((name, bits, seed), {}).update(points)
+    return [Course(*key, tuple(sorted(points.items()))) for key, points in sorted(whole.items())]
 
 
 def table(courses: Sequence[Course], reference: str) -> str:
     """Who needs how long for what the reference reaches, and has what when the reference is done; means over seeds.
+
+    A figure that is better when it is higher is meant. The reference's own two are those of its end.
 
     Args:
         courses: of one metric.
@@ -101,6 +118,8 @@ def table(courses: Sequence[Course], reference: str) -> str:
             minutes, value = (fmean(side) for side in zip(*goals, strict=True))
             reached = [course.minutes_to(value) for course in mine]
             then = [course.value_at(minutes) for course in mine]
+            if name == reference:
+                reached, then = [minutes], [value]
             cells += [_mean(reached, '{:.1f}', 'never'), _mean(then, '{:.2f}', '')]
         else:
             cells += ['', '']

@@ -16,6 +16,8 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.alone, self.two, self.last = nn.LayerNorm(6), nn.LayerNorm(6), nn.LayerNorm(6)
+        for norm in (self.alone, self.two, self.last):
+            nn.init.normal_(norm.bias)
         self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
 
     def forward(self, x):

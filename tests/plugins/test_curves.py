@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,9 @@ def test_the_table_says_who_gets_where_by_when() -> None:
     ]
     # One of the two seeds never gets there: no mean over the other alone.
     assert table([SLOW, second, FAST], 'gplq').splitlines()[3] == '| lsq | W2A2 | 7.0 | 23.00 | never | 15.00 | 2 |'
+    # Three seeds of the reference, validated at the end alone: one never gets to their mean.
+    ends = [Course('gplq', 'W2A2', seed, ((2.0 + seed, 80.0 + seed),)) for seed in range(3)]
+    assert table(ends, 'gplq').splitlines()[2] == '| gplq | W2A2 | 3.0 | 81.00 | 3.0 | 81.00 | 3 |'
     other = Course('gplq', 'W4A4', 0, ((3.0, 23.0),))
     assert table([SLOW, other], 'gplq').splitlines()[3] == '| lsq | W2A2 | 10.0 | 26.00 |  |  | 1 |'
     with pytest.raises(ResultError, match=r"--reference vvtq: there are courses of \['gplq', 'lsq'\]"):
@@ -80,13 +84,19 @@ def test_runs_leave_rows_of_their_validations(finished: list[Run]) -> None:
     ]
     carry_out(finished, ['top1'], '/data', rows, curves)
     assert len(read_rows(curves)) == len(found), 'runs that are done leave no second curve'
-    courses = courses_of([*read_rows(rows), *read_rows(curves)], 'top1')
+    courses = courses_of([read_rows(rows), read_rows(curves)], 'top1')
     ends = {(course.name, course.bits): course.points for course in courses}
     assert ends['lsq', 'W2A2'] == ((1.0, 10.0), (2.0, 20.0), (2.5 * 2, 21.0))
     assert ends['gplq', 'W2A2'] == ((5.0, 21.0),)
     assert ends['fp32', 'FP32'] == ((2.5, 21.0),)
+    swin = replace(read_rows(rows)[0], model='swin')
+    with pytest.raises(ResultError, match=r'several models, checkpoints or splits: .*swin'):
+        courses_of([[*read_rows(rows), swin]], 'top1')
+    again = [replace(row, minutes=row.minutes - 0.5, value=1.0) for row in read_rows(curves) if row.method == 'lsq']  # type: ignore[operator]
+    repeated = {course.name: course.points for course in courses_of([[*read_rows(curves), *again]], 'top1')}
+    assert repeated['lsq'] == ((0.5, 1.0), (1.5, 1.0)), 'the later run replaces the earlier one'
     with pytest.raises(ResultError, match='no rows of bbox_mAP'):
-        courses_of(read_rows(rows), 'bbox_mAP')
+        courses_of([read_rows(rows)], 'bbox_mAP')
 
 
 def test_a_stage_that_is_taken_over_has_no_curve_of_its_own(finished: list[Run], tmp_path: Path) -> None:
@@ -112,6 +122,7 @@ def test_the_tool_draws_and_prints(finished: list[Run]) -> None:
         # Two panels of 6.5 by 5 inches.
         assert picture.size == (1430, 550)
     assert 'nowhere.jsonl: no such file' in call('nowhere.jsonl').stderr
+    assert 'no rows of top1' in call('rows.jsonl', '--model', 'swin').stderr
     assert '--bits W3A3: no rows of top1 have them' in call('rows.jsonl', '--bits', 'W3A3').stderr
 
 

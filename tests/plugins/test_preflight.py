@@ -33,6 +33,18 @@ def config(root: Path) -> Config:
     )
 
 
+def test_a_missing_download_says_where_it_comes_from(root: Path) -> None:
+    for dataset, told in (
+        (dict(type='gplq.plugins.fgvc.CUBDataset', data_root='none'), 'data_root=PATH. CUB-200-2011 comes from https'),
+        (
+            dict(type='gplq.plugins.fgvc.TorchvisionDataset', name='Food101', data_root='none'),
+            'lay it out as none/food',
+        ),
+    ):
+        with pytest.raises(PreflightError, match=rf'data root none \(train_dataloader\) does not exist; .*{told}'):
+            preflight(Config(dict(train_dataloader=dict(dataset=dataset))))
+
+
 def test_complete_config_passes(root: Path) -> None:
     preflight(config(root))
 
