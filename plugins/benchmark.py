@@ -101,6 +101,8 @@ class Run:
     task: str = 'detection'
     # The run whose activation stage this one takes over, if it differs from it in the weight stage alone.
     trained_by: Run | None = None
+    # Its name in the rows.
+    model: str = ''
 
     @property
     def command(self) -> list[str]:
@@ -184,6 +186,7 @@ def plan_runs(
     options: dict[str, str],
     work: Path,
     task: str = 'detection',
+    model: str = '',
 ) -> Iterator[Run]:
     """Every run once: FP32 and its control know no bits, variants are GPLQ's, and FP32 knows no seed.
 
@@ -222,6 +225,7 @@ def plan_runs(
                         tuple(options.items()),
                         work / split / name,
                         task,
+                        model=model,
                     )
                     if method == 'gplq':
                         stage = (seed, pair[1], '' if _weights_alone(variant) else variant)

@@ -68,7 +68,7 @@ def metrics_of(task: str) -> list[str]:
 
 
 def model_of_config(config: str, benchmark: str) -> str:
-    """The model's name in the rows."""
+    """The model's name in the rows, where none is given."""
     return Path(config).stem.removeprefix('gplq_').removesuffix(f'_{benchmark}')
 
 
@@ -103,7 +103,7 @@ def carry_out(
         print(f'\n[{number}/{len(waiting)}] {run.text}', flush=True)
         _train(run, data_root)
         again = run.is_done(metrics, sha256, known)
-        rows = rows_of(run, metrics, model_of_config(run.config, run.benchmark))
+        rows = rows_of(run, metrics, run.model or model_of_config(run.config, run.benchmark))
         for row in rows:
             if not again:
                 append_row(output, row)

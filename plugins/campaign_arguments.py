@@ -31,6 +31,7 @@ class Request:
     metrics: Sequence[str]
     work_dir: Path
     output: Path
+    model: str = ''
 
     def runs(self, methods: Sequence[str], variants: Sequence[str]) -> list[Run]:
         """Its runs of these methods, as :func:`gplq.plugins.benchmark.plan_runs` says."""
@@ -47,6 +48,7 @@ class Request:
                 self.options,
                 self.work_dir,
                 self.task,
+                self.model,
             )
         )
 
@@ -56,6 +58,7 @@ def add_campaign_arguments(parser: argparse.ArgumentParser, bits: Sequence[str])
     parser.add_argument('config', help='a config with the two lines')
     parser.add_argument('checkpoint', help='its FP32 model')
     parser.add_argument('--benchmark', help='name in the rows and of the files (default: the name of CONFIG)')
+    parser.add_argument('--model', default='', help='its name in the rows (default: from the name of CONFIG)')
     parser.add_argument('--metrics', nargs='+', help='default: bbox_mAP, or top1 for classifiers')
     parser.add_argument(
         '--bits',
@@ -96,5 +99,6 @@ def request_of(args: argparse.Namespace) -> Request:
         task=task,
         metrics=args.metrics or metrics_of(task),
         work_dir=work_dir,
+        model=args.model,
         output=args.output or (Path('results') if args.split == 'test' else work_dir) / f'{name}.jsonl',
     )

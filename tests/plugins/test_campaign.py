@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,12 @@ def test_what_is_measured_is_not_measured_again(
         ('gplq', 3, 4, 3.0),
     ]
     assert {row.calibration_samples for row in rows} == {8}
+
+
+def test_a_model_can_be_named(calls: Callable[[], list[str]], make_runs: Callable[..., list[Run]]) -> None:
+    (run,) = make_runs(['rtn'], [4], [0], [''], task='classification')
+    carry_out([replace(run, model='vit')], ['top1'], '/data', Path('rows.jsonl'))
+    assert {row.model for row in read_rows('rows.jsonl')} == {'vit'}
 
 
 def test_a_stage_whose_checkpoint_is_gone_is_trained_again_without_rows_of_its_own(

@@ -46,6 +46,11 @@ def test_runs_carry_what_was_said(config: str) -> None:
     (run,) = request.runs(['rtn'], [''])
     assert (run.benchmark, run.seed, run.bits) == ('cells', 1, (4, 4))
     assert 'a.b=c=d' in run.text
+    assert run.model == '', 'the name of the config decides'
+    (named,) = read(config, 'fp32.pth', '--bits', '4', '--model', 'vit').runs(['rtn'], [''])
+    assert (
+        named.model == 'vit' and named.command == read(config, 'fp32.pth', '--bits', '4').runs(['rtn'], [''])[0].command
+    )
 
 
 @pytest.mark.parametrize(
