@@ -55,10 +55,10 @@ def test_a_block_is_nearer_than_by_rounding_to_nearest(bits: int, toy_vit: Make,
         recipe = gplq.Recipe.reconstruct(bits, 8, rounding=rounding, fold_layernorm=False)
         gplq.prepare(model, recipe, images[:2])
         gplq.calibrate(model, [images])
-        settings = gplq.Reconstruction(iterations=200, drop=0.0)
+        settings = gplq.Reconstruction(iterations=500, drop=0.0)
         gplq.quantize_weights(model, [images], reconstruction=settings)
         errors[rounding] = block_error(model, toy_vit(depth=1), images)
-    assert errors['reconstruct'] < 0.8 * errors['nearest']
+    assert errors['reconstruct'] < 0.8 * errors['nearest'], errors
 
 
 def test_it_is_repeatable_and_leaves_no_trace(toy_vit: Make, images: Tensor) -> None:
