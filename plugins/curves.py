@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from gplq.plugins.results import ResultError, ResultRow
+from gplq.plugins.results import ResultError, ResultRow, bits_name
 
 __all__ = ['Course', 'courses_of', 'draw', 'table']
 
@@ -71,7 +71,7 @@ def courses_of(files: Iterable[Iterable[ResultRow]], metric: str) -> list[Course
         if row.metric == metric and row.minutes is not None:
             of.add((row.benchmark, row.model, row.split, row.checkpoint_sha256[:8]))
             name = ' '.join(filter(None, (row.method, row.variant)))
-            bits = 'FP32' if row.activation_bits == 32 else f'W{row.weight_bits}A{row.activation_bits}'
+            bits = bits_name(row.weight_bits, row.activation_bits)
             points = found.setdefault((number, name, bits, row.seed), {})
             if points and row.minutes <= max(points):
                 points.clear()
@@ -116,10 +116,9 @@ def table(courses: Sequence[Course], reference: str) -> str:
         cells = [f'{fmean(course.end[0] for course in mine):.1f}', f'{fmean(course.end[1] for course in mine):.2f}']
         if goals:
             minutes, value = (fmean(side) for side in zip(*goals, strict=True))
-            reached = [course.minutes_to(value) for course in mine]
-            then = [course.value_at(minutes) for course in mine]
-            if name == reference:
-                reached, then = [minutes], [value]
+            own = name == reference
+            reached = [minutes] if own else [course.minutes_to(value) for course in mine]
+            then = [value] if own else [course.value_at(minutes) for course in mine]
             cells += [_mean(reached, '{:.1f}', 'never'), _mean(then, '{:.2f}', '')]
         else:
             cells += ['', '']

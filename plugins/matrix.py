@@ -13,7 +13,7 @@ from typing import Any
 from gplq.plugins.benchmark import METHODS, Run
 from gplq.plugins.campaign import read
 from gplq.plugins.hooks.settings import HookSettings
-from gplq.plugins.results import BOUNDS, ResultError, ResultRow
+from gplq.plugins.results import BOUNDS, ResultError, ResultRow, bits_name
 from gplq.recipe import Recipe
 
 __all__ = ['plot', 'rows_of_runs', 'settings_of', 'write_csv']
@@ -94,7 +94,7 @@ def plot(rows: Sequence[ResultRow], metric: str, path: Path) -> None:
         if row.metric != metric or (row.weight_bits == 32) != (row.activation_bits == 32):
             continue
         name = ' '.join(filter(None, (row.method, row.variant)))
-        bits = 'FP32' if row.weight_bits == 32 else f'W{row.weight_bits}A{row.activation_bits}'
+        bits = bits_name(row.weight_bits, row.activation_bits)
         points.setdefault(name, {}).setdefault(bits, []).append(row)
     figure = Figure(figsize=(13, 5.5), layout='constrained')
     FigureCanvasAgg(figure)

@@ -31,6 +31,7 @@ __all__ = [
     'ResultRow',
     'append_figures',
     'append_row',
+    'bits_name',
     'commit',
     'file_sha256',
     'measure',
@@ -140,6 +141,11 @@ def _is_int(value: object) -> bool:
 
 def _is_finite(value: object) -> bool:
     return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def bits_name(weight_bits: int, activation_bits: int) -> str:
+    """Name a precision as in tables: `W4A4`, or `FP32` where nothing is quantized."""
+    return 'FP32' if weight_bits == activation_bits == 32 else f'W{weight_bits}A{activation_bits}'
 
 
 def append_row(path: str | os.PathLike[str], row: ResultRow) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from .results import BOUNDS, ResultError, ResultRow, read_rows
+from .results import BOUNDS, ResultError, ResultRow, bits_name, read_rows
 
 __all__ = ['fill_tables', 'render_table']
 
@@ -95,7 +95,7 @@ def render_table(rows: Iterable[ResultRow], metrics: Sequence[str], also: Sequen
         model, weight_bits, activation_bits, method, variant = key
         figures = groups[key]
         line = ([model] if models else []) + [method] + ([variant] if variants else [])
-        line.append('FP32' if weight_bits == activation_bits == 32 else f'W{weight_bits}A{activation_bits}')
+        line.append(bits_name(weight_bits, activation_bits))
         line += [_mean([r.value for r in figures.get(metric, {}).values()], _digits(metric)) for metric in metrics]
         line += [_interval(figures, pair, _digits(metric)) for metric, pair in bounds.items()]
         runs = {row.seed: row for of_metric in figures.values() for row in of_metric.values()}

@@ -160,7 +160,7 @@ def measure(args: argparse.Namespace, runner: Runner, data: list[Any]) -> None:
         fp32, watched = Path(folder, 'fp32.onnx'), Path(folder, 'codes.onnx')
         sites = with_codes(args.output, watched)
         if args.rounds:
-            write_fp32(runner, args.part, data[0][0] if args.fixed_batch else example_of(data), fp32, args.fixed_batch)
+            write_fp32(runner, args.part, example_of(data, args.fixed_batch), fp32, args.fixed_batch)
         for name in args.engines:
             engine = ENGINES[name](args.output, args.threads)
             watching = ENGINES[name](watched, args.threads)
@@ -237,15 +237,17 @@ def main() -> None:
             f'{type(model).__name__} cannot be exported as a whole: name what takes images, --part backbone'
         )
     data = batches(runner, max(args.images, args.batch if args.rounds else 1), args.part, args.fixed_batch)
-    example = data[0][0] if args.fixed_batch else example_of(data)
+    example = example_of(data, args.fixed_batch)
     gplq.export(model, args.output, example, part=args.part, fixed_batch=args.fixed_batch)
     print(f'{args.output}: {args.output.stat().st_size / 1e6:.2f} MB')
     measure(args, runner, data)
 
 
-def example_of(data: list[Any]) -> Tensor:
-    """Two images, to trace a model with."""
+def example_of(data: list[Any], fixed: bool) -> Tensor:
+    """Images to trace a model with: two, or a whole batch where its size is fixed."""
     images: Tensor = data[0][0]
+    if fixed:
+        return images
     return images[:2] if len(images) > 1 else images.repeat(2, 1, 1, 1)
 
 

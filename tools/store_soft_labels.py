@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -46,11 +47,16 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def unwrapped(dataset: dict[str, Any]) -> dict[str, Any]:
+    """The config of the data set inside wrappers such as RepeatDataset."""
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    return dataset
+
+
 def normalization_of(cfg: Config) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the channels by which the config's evaluation normalizes; ImageNet's otherwise."""
-    config = (cfg.get('val_dataloader') or {}).get('dataset') or {}
-    while 'dataset' in config:
-        config = config['dataset']
+    config = unwrapped((cfg.get('val_dataloader') or {}).get('dataset') or {})
     steps = [inner for step in config.get('pipeline') or () for inner in (step, *(step.get('transforms') or ()))]
     for step in steps:
         if step.get('mean') is not None and step.get('std') is not None:
@@ -69,9 +75,7 @@ def main() -> None:
     num_classes = model.head.out_features
     if args.crops < 1 or not 1 <= args.top <= num_classes:
         raise DataError(f'--crops {args.crops} must be at least 1, --top {args.top} between 1 and {num_classes}')
-    config = cfg.train_dataloader.dataset
-    while 'dataset' in config:
-        config = config.dataset
+    config = unwrapped(cfg.train_dataloader.dataset)
     reading = [step for step in config.get('pipeline') or () if type_name(step['type']) == 'LoadImage']
     dataset = DATASETS.build({**config, 'pipeline': reading or [dict(type='gplq.plugins.fgvc.LoadImage')]})
     mean, std = normalization_of(cfg)

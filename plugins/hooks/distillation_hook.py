@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import torch
-from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
@@ -13,15 +12,15 @@ from torch import nn
 from gplq.errors import RecipeError, TargetError
 from gplq.feature_distance import feature_distance
 from gplq.mimicking import FeatureTap
-from gplq.plugins.hooks.frozen_model import read_frozen
 from gplq.plugins.hooks.loss_term import LossTerm
-from gplq.plugins.hooks.model import model_of, trains
+from gplq.plugins.hooks.model import model_of
+from gplq.plugins.hooks.teacher_hook import TeacherHook
 
 __all__ = ['FeatureDistillationHook']
 
 
 @HOOKS.register_module()
-class FeatureDistillationHook(Hook):
+class FeatureDistillationHook(TeacherHook):
     """Adds the distance from a teacher's features to the losses of a model in training.
 
     A plain ViT learns slowly from a few hundred images, a convolutional network does not; its features tell the ViT
@@ -47,31 +46,23 @@ class FeatureDistillationHook(Hook):
     def __init__(self, config: str, checkpoint: str, weight: float = 4.0) -> None:
         if not weight > 0:
             raise RecipeError(f'FeatureDistillationHook: weight={weight} must be above 0, or leave the hook out')
-        self.config = config
-        self.checkpoint = checkpoint
+        super().__init__(config, checkpoint)
         self.weight = weight
-        self._teacher: nn.Module | None = None
         self._attached = ExitStack()
 
-    def before_run(self, runner: Runner) -> None:
-        if not trains(runner):
-            return
-        # Before anything is trained, so that a missing file costs nothing.
-        teacher = read_frozen('FeatureDistillationHook', self.config, self.checkpoint)
+    def check(self, model: nn.Module, teacher: nn.Module) -> None:
         if not hasattr(teacher, 'extract_feat'):
             raise TargetError(f'FeatureDistillationHook: {type(teacher).__name__} has no extract_feat to learn from')
-        self._teacher = teacher
 
     def before_train(self, runner: Runner) -> None:
-        assert self._teacher is not None
-        model = model_of(runner)
-        self._teacher.to(next(model.parameters()).device)
+        super().before_train(runner)
+        model, teacher = model_of(runner), self.teacher
         source = 'neck' if getattr(model, 'with_neck', False) else 'backbone'
         tap = self._attached.enter_context(FeatureTap(model, source, 'output').attached())
 
         def distance(_: nn.Module, images: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
-                target = self._teacher.extract_feat(images)  # type: ignore[union-attr, operator]
+                target = teacher.extract_feat(images)  # type: ignore[operator]
             return self.weight * feature_distance(tap.take(), list(target))
 
         handle = model.register_forward_hook(LossTerm('loss_distillation', distance), with_kwargs=True)
@@ -79,4 +70,4 @@ class FeatureDistillationHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         self._attached.close()
-        self._teacher = None
+        super().after_train(runner)

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 from gplq.errors import RecipeError, TargetError
 from gplq.feature_distance import feature_distance
 from gplq.mimicking import FeatureTap
-from gplq.plugins.hooks.frozen_model import read_frozen
 from gplq.plugins.hooks.loss_term import LossTerm
-from gplq.plugins.hooks.model import model_of, trains
+from gplq.plugins.hooks.model import model_of
+from gplq.plugins.hooks.teacher_hook import TeacherHook
 
 __all__ = ['HeadDistillationHook']
 
@@ -26,7 +25,7 @@ OF_OBJECTS = (('bbox_roi_extractor', 'bbox_head'), ('mask_roi_extractor', 'mask_
 
 
 @HOOKS.register_module()
-class HeadDistillationHook(Hook):
+class HeadDistillationHook(TeacherHook):
     """Adds the distance from a teacher's head outputs to the losses of a detector in training.
 
     Soft labels, by which variation-aware quantization teaches classifiers, do not apply to detectors: an image has no
@@ -57,29 +56,21 @@ class HeadDistillationHook(Hook):
     def __init__(self, config: str, checkpoint: str, weight: float = 1.0) -> None:
         if not weight > 0:
             raise RecipeError(f'HeadDistillationHook: weight={weight} must be above 0, or leave the hook out')
-        self.config = config
-        self.checkpoint = checkpoint
+        super().__init__(config, checkpoint)
         self.weight = weight
-        self._teacher: nn.Module | None = None
         self._attached = ExitStack()
 
-    def before_run(self, runner: Runner) -> None:
-        if not trains(runner):
-            return
-        # Before anything is trained, so that a missing file or another kind of detector costs nothing.
-        teacher = read_frozen('HeadDistillationHook', self.config, self.checkpoint)
-        names = [[head.name for head in _heads(model)] for model in (model_of(runner), teacher)]
+    def check(self, model: nn.Module, teacher: nn.Module) -> None:
+        names = [[head.name for head in _heads(which)] for which in (model, teacher)]
         if names[0] != names[1] or not names[0]:
             raise TargetError(
                 f'HeadDistillationHook: the model has the heads {names[0]}, the teacher {names[1]}; both need the same '
                 'ones, and at least one that sees feature maps'
             )
-        self._teacher = teacher
 
     def before_train(self, runner: Runner) -> None:
-        assert self._teacher is not None
-        model = model_of(runner)
-        teacher = self._teacher.to(next(model.parameters()).device)
+        super().before_train(runner)
+        model, teacher = model_of(runner), self.teacher
         pairs = [
             _Pair(head, of_teacher, *(self._tap(model, name) for name in (head.name, head.extractor)))
             for head, of_teacher in zip(_heads(model), _heads(teacher), strict=True)
@@ -98,7 +89,7 @@ class HeadDistillationHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         self._attached.close()
-        self._teacher = None
+        super().after_train(runner)
 
 
 class _Head(NamedTuple):

@@ -5,20 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from gplq.errors import RecipeError, TargetError
-from gplq.plugins.hooks.frozen_model import read_frozen
-from gplq.plugins.hooks.model import is_classifier, model_of, preprocess, trains
+from gplq.plugins.hooks.model import is_classifier, model_of, preprocess
+from gplq.plugins.hooks.teacher_hook import TeacherHook
 
 __all__ = ['SoftLabelHook']
 
 
 @HOOKS.register_module()
-class SoftLabelHook(Hook):
+class SoftLabelHook(TeacherHook):
     """Gives each image of a batch the chances of the classes that a teacher sees in the very same crop.
 
     The loss is then the cross-entropy of soft labels alone, as in variation-aware quantization, whose labels are stored
@@ -47,28 +46,16 @@ class SoftLabelHook(Hook):
     def __init__(self, config: str, checkpoint: str, temperature: float = 1.0) -> None:
         if not temperature > 0:
             raise RecipeError(f'SoftLabelHook: temperature={temperature} must be above 0')
-        self.config = config
-        self.checkpoint = checkpoint
+        super().__init__(config, checkpoint)
         self.temperature = temperature
-        self._teacher: nn.Module | None = None
 
-    def before_run(self, runner: Runner) -> None:
-        if not trains(runner):
-            return
-        # Before anything is trained, so that a missing file costs nothing.
-        teacher = read_frozen('SoftLabelHook', self.config, self.checkpoint)
-        for whose, model in (('the teacher', teacher), ('the model', model_of(runner))):
-            if not is_classifier(model):
-                raise TargetError(f'SoftLabelHook: {whose} ({type(model).__name__}) is no classifier with a head')
-        self._teacher = teacher
-
-    def before_train(self, runner: Runner) -> None:
-        assert self._teacher is not None
-        self._teacher.to(next(model_of(runner).parameters()).device)
+    def check(self, model: nn.Module, teacher: nn.Module) -> None:
+        for whose, which in (('the teacher', teacher), ('the model', model)):
+            if not is_classifier(which):
+                raise TargetError(f'SoftLabelHook: {whose} ({type(which).__name__}) is no classifier with a head')
 
     @torch.no_grad()
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        assert self._teacher is not None
         model = model_of(runner)
         inputs = preprocess(model, data_batch)['inputs']
         if inputs.ndim != 4:
@@ -76,7 +63,7 @@ class SoftLabelHook(Hook):
                 f'SoftLabelHook: the batch holds {tuple(inputs.shape)}, no images for the teacher to see; leave out '
                 "FeatureCacheHook, which puts the model's own features in their place"
             )
-        logits: Tensor = self._teacher(inputs, mode='tensor')
+        logits: Tensor = self.teacher(inputs, mode='tensor')
         if not bool(logits.isfinite().all()):
             raise TargetError(f'SoftLabelHook: the teacher gives NaN or infinite logits; check {self.checkpoint}')
         classes = getattr(model.head, 'out_features', getattr(model.head, 'num_classes', None))
@@ -88,6 +75,3 @@ class SoftLabelHook(Hook):
                 sample.set_gt_score(row)
         else:
             data_batch['soft_labels'] = list(soft)
-
-    def after_train(self, runner: Runner) -> None:
-        self._teacher = None
