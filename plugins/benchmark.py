@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gplq.errors import RecipeError
-from gplq.plugins.hooks.curve import CURVE
-from gplq.plugins.hooks.report import minutes_up_to
+from gplq.plugins.hooks.curve import CURVE, read_curve
+from gplq.plugins.hooks.report import STEPS, minutes_up_to, read_steps
 from gplq.plugins.results import ResultError, ResultRow, commit, file_sha256, versions
 from gplq.recipe import WEIGHT_STAGE_FIELDS, Recipe
 
@@ -257,15 +257,15 @@ def rows_of(run: Run, metrics: Sequence[str], model: str) -> list[ResultRow]:
     Raises:
         ResultError: if the run did not come to its end.
     """
-    record = run.work_dir / 'gplq.json'
+    record = run.work_dir / STEPS
     if not record.is_file():
-        raise ResultError(f'{run.work_dir} holds no gplq.json: the run failed, its log is there')
-    noted = json.loads(record.read_text())
+        raise ResultError(f'{run.work_dir} holds no {STEPS}: the run failed, its log is there')
+    noted = read_steps(record)
     steps = {step['step']: step for step in noted}
     rows = []
     before = 0.0
     if run.trained_by is not None:
-        stage = json.loads((run.trained_by.work_dir / 'gplq.json').read_text())
+        stage = read_steps(run.trained_by.work_dir / STEPS)
         before = minutes_up_to(stage, f'W32A{run.bits[1]}')
     for name, weight_bits, activation_bits in run.bits_of_rows:
         if name not in steps:
@@ -319,7 +319,7 @@ def curve_of(run: Run, rows: Sequence[ResultRow]) -> list[ResultRow]:
     # What is trained comes first: W32A4, whose weights are rounded later, or all of it.
     first = {row.metric: row for row in reversed(rows)}
     first['oscillating'] = replace(rows[0], metric='oscillating')
-    for point in json.loads(path.read_text()):
+    for point in read_curve(path):
         values = {key.rpartition('/')[2]: value for key, value in point['metrics'].items()}
         found += [
             replace(row, value=values[metric], minutes=point['minutes'])

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gplq.plugins.json_files import read_json
 from gplq.plugins.results import ResultError
 
-__all__ = ['Difference', 'compare_top1', 'paired_bootstrap', 'read_json']
+__all__ = ['Difference', 'compare_top1', 'paired_bootstrap']
 
 # The figure of a set of images that holds image i counts[i] times, (images,) -> a number or nan.
 Figure = Callable[[NDArray[np.int64]], float]
@@ -81,20 +79,6 @@ def compare_top1(
         return lambda counts: float(100 * (values @ counts) / counts.sum())
 
     return paired_bootstrap(len(one), top1(right[0]), top1(right[1]), samples, seed, progress)
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Contents of a file of predictions.
-
-    Raises:
-        ResultError: it cannot be read or is no JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding='utf-8'))
-    except OSError as error:
-        raise ResultError(f'{os.fspath(path)} cannot be read: {error.strerror}') from None
-    except ValueError as error:
-        raise ResultError(f'{os.fspath(path)} is no JSON: {error}') from None
 
 
 def _right_of(path: str | os.PathLike[str]) -> dict[str, bool]:

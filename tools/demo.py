@@ -24,7 +24,7 @@ from mmengine.utils import track_iter_progress
 
 from gplq.plugins.detection.pictures import draw_predictions, side_by_side
 from gplq.plugins.detection.shapes import CLASSES, ShapesSettings, is_written, write_split
-from gplq.plugins.hooks.report import minutes_up_to
+from gplq.plugins.hooks.report import STEPS, minutes_up_to, read_steps
 from gplq.plugins.results import ResultRow, append_row, commit, file_sha256, repeat_command, versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,7 +127,7 @@ def train_fp32(work: Path, scale: Scale, options: dict[str, Any]) -> tuple[Path,
 
 def read_records(work: Path) -> dict[str, dict[str, Any]]:
     """Read what the hook noted, by step: metrics, minutes up to it, bytes and files."""
-    records = json.loads((work / 'gplq.json').read_text())
+    records = read_steps(work / STEPS)
     minutes = [minutes_up_to(records, record['step']) for record in records]
     for record, spent in zip(records, minutes, strict=True):
         record['minutes'] = spent

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from gplq.plugins.bootstrap import Difference, paired_bootstrap, read_json
+from gplq.plugins.bootstrap import Difference, paired_bootstrap
+from gplq.plugins.json_files import read_json
 from gplq.plugins.results import ResultError
 
 __all__ = ['MatchedImages', 'compare_detectors', 'match_images']

@@ -10,10 +10,20 @@ from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 
 from gplq.files import write_bytes_atomically
+from gplq.plugins.json_files import read_points
 
-__all__ = ['CURVE', 'Curve']
+__all__ = ['CURVE', 'Curve', 'read_curve']
 
 CURVE = 'gplq_curve.json'
+
+
+def read_curve(path: Path) -> list[dict[str, Any]]:
+    """The points of a file.
+
+    Raises:
+        ResultError: it cannot be read or is no such file.
+    """
+    return read_points(path, ('iteration', 'minutes', 'metrics'))
 
 
 class Curve:
@@ -26,7 +36,7 @@ class Curve:
         """Go on with the points of the interrupted run; those behind the point of resumption are measured again."""
         path = Path(runner.work_dir) / CURVE
         if path.is_file():
-            self._points = [point for point in json.loads(path.read_text()) if point['iteration'] <= runner.iter]
+            self._points = [p for p in read_curve(path) if p['iteration'] <= runner.iter]
 
     def add(self, runner: Runner, metrics: dict[str, float], minutes: float) -> None:
         """Keep the figures of a validation, after so many minutes of the stage without validations."""

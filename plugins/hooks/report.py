@@ -15,13 +15,14 @@ from torch.utils.data import DataLoader
 from gplq.files import write_bytes_atomically
 from gplq.plugins.hooks.model import model_of, part_of
 from gplq.plugins.hooks.settings import HookSettings
+from gplq.plugins.json_files import read_points
 from gplq.plugins.results import peak_memory_mb
 from gplq.record import Stage, is_prepared, record_of
 from gplq.size import effective_bits, float_bytes, packed_model_bytes
 
-__all__ = ['Report', 'evaluate', 'minutes_up_to', 'numbers']
+__all__ = ['STEPS', 'Report', 'evaluate', 'minutes_up_to', 'numbers', 'read_steps']
 
-FILE = 'gplq.json'
+STEPS = 'gplq.json'
 
 
 def evaluate(runner: Runner) -> dict[str, float]:
@@ -66,9 +67,9 @@ class Report:
 
     def resume(self, runner: Runner) -> None:
         """Go on with the steps that the interrupted run reported."""
-        path = Path(runner.work_dir) / FILE
+        path = Path(runner.work_dir) / STEPS
         if path.is_file():
-            self.steps = json.loads(path.read_text())
+            self.steps = read_steps(path)
 
     def saw(self, loader: DataLoader, samples: int) -> None:
         """Note how many images calibration has, of all ranks together."""
@@ -98,8 +99,17 @@ class Report:
         }
         self.steps.append({'step': step, 'metrics': metrics, **seen, **cost, **size, **files})
         if is_main_process():
-            path = Path(runner.work_dir) / FILE
+            path = Path(runner.work_dir) / STEPS
             write_bytes_atomically(path, json.dumps(self.steps, indent=1).encode())
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The steps that a run noted, in their order.
+
+    Raises:
+        ResultError: the file cannot be read or is no such file.
+    """
+    return read_points(path, ('step', 'metrics', 'minutes'))
 
 
 def minutes_up_to(steps: list[dict[str, Any]], name: str) -> float:

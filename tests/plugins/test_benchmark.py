@@ -85,6 +85,9 @@ def test_an_unfinished_run_gives_no_rows(make_runs: Callable[..., list[Run]]) ->
     (run.work_dir / 'gplq.json').write_text('[]')
     with pytest.raises(ResultError, match='no step W32A3'):
         rows_of(run, ['bbox_mAP'], 'vit')
+    (run.work_dir / 'gplq.json').write_text('[')
+    with pytest.raises(ResultError, match='gplq.json is no JSON'):
+        rows_of(run, ['bbox_mAP'], 'vit')
 
 
 def test_calibration_counts_as_time_of_round_to_nearest(make_runs: Callable[..., list[Run]]) -> None:

@@ -12,6 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from gplq.errors import CheckpointError, StageError
+from gplq.plugins.results import ResultError
 from gplq.record import Stage, record_of
 
 
@@ -112,6 +113,22 @@ def test_another_recipe_is_refused(killed: Runner, make_config: Callable[..., Co
 def test_lost_teacher_is_an_error(killed: Runner, make_config: Callable[..., Config]) -> None:
     (Path(killed.work_dir) / 'gplq_teacher.pth').unlink()
     with pytest.raises(CheckpointError, match=r'gplq_teacher.pth is missing.*start anew'):
+        resumed(make_config).train()
+
+
+@pytest.mark.parametrize(
+    ('name', 'content', 'told'),
+    [
+        ('gplq.json', '[{"step": "FP', 'is no JSON.*delete it to resume without'),
+        ('gplq.json', '{}', r"is no list of objects with \['metrics', 'minutes', 'step'\]; delete it"),
+        ('gplq_curve.json', '[{"iteration": 8}]', "is no list of objects with .*'minutes'.*delete it"),
+    ],
+)
+def test_damaged_notes_are_an_error(
+    name: str, content: str, told: str, killed: Runner, make_config: Callable[..., Config]
+) -> None:
+    (Path(killed.work_dir) / name).write_text(content)
+    with pytest.raises(ResultError, match=f'{name} {told}'):
         resumed(make_config).train()
 
 
