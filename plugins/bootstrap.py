@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gplq.plugins.json_files import read_json
 from gplq.plugins.results import ResultError
 
-__all__ = ['Difference', 'compare_top1', 'paired_bootstrap']
+__all__ = ['Difference', 'compare_top1', 'paired_bootstrap', 'top1_of']
 
 # The figure of a set of images that holds image i counts[i] times, (images,) -> a number or nan.
 Figure = Callable[[NDArray[np.int64]], float]
@@ -79,6 +79,16 @@ def compare_top1(
         return lambda counts: float(100 * (values @ counts) / counts.sum())
 
     return paired_bootstrap(len(one), top1(right[0]), top1(right[1]), samples, seed, progress)
+
+
+def top1_of(path: str | os.PathLike[str]) -> float:
+    """Top-1 in percent, by such a file.
+
+    Raises:
+        ResultError: it is missing or no such file.
+    """
+    right = list(_right_of(path).values())
+    return 100 * sum(right) / len(right)
 
 
 def _right_of(path: str | os.PathLike[str]) -> dict[str, bool]:

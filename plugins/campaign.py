@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,10 +10,11 @@ from mmengine.utils import track_iter_progress
 
 from gplq.plugins.benchmark import TOOL, Run, curve_of, rows_of
 from gplq.plugins.comparison import Comparison
+from gplq.plugins.logged_run import check_tool, run_logged
 from gplq.plugins.results import ResultError, append_row, file_sha256, read_rows
 from gplq.plugins.type_name import type_name
 
-__all__ = ['carry_out', 'check_hook', 'metrics_of', 'model_of_config', 'read', 'task_of']
+__all__ = ['carry_out', 'check_hook', 'config_of', 'metrics_of', 'model_of_config', 'read', 'task_of']
 
 
 def task_of(config: str) -> str:
@@ -37,15 +36,24 @@ def read(config: str) -> Config:
     Raises:
         ResultError: it is missing, cannot be read, or has no GPLQHook to set.
     """
+    cfg = config_of(config)
+    check_hook(cfg, config)
+    return cfg
+
+
+def config_of(config: str) -> Config:
+    """Any config.
+
+    Raises:
+        ResultError: it is missing or cannot be read.
+    """
     if not Path(config).is_file():
         raise ResultError(f'config {config} does not exist')
     try:
-        cfg = Config.fromfile(config)
+        return Config.fromfile(config)
     except Exception as error:
         # A config is a program; what it raises can be any error.
         raise ResultError(f'config {config} cannot be read: {type(error).__name__}: {error}') from error
-    check_hook(cfg, config)
-    return cfg
 
 
 def check_hook(cfg: Config, config: str) -> None:
@@ -87,8 +95,7 @@ def carry_out(
     Raises:
         ResultError: a run failed; the message has its last words and the place of its log.
     """
-    if not Path(TOOL).is_file():
-        raise ResultError(f"there is no {TOOL} in {Path.cwd()}: start this program from the repository's folder")
+    check_tool(TOOL)
     checkpoint = runs[0].checkpoint
     if not Path(checkpoint).is_file():
         raise ResultError(f'checkpoint {checkpoint} does not exist')
@@ -101,7 +108,7 @@ def carry_out(
     print(f'{len(runs)} runs, {len(runs) - len(waiting)} of them done already; rows: {output}')
     for number, run in enumerate(track_iter_progress(waiting) if waiting else (), start=1):
         print(f'\n[{number}/{len(waiting)}] {run.text}', flush=True)
-        _train(run, data_root)
+        run_logged(run.arguments(data_root), run.work_dir)
         again = run.is_done(metrics, sha256, known)
         rows = rows_of(run, metrics, run.model or model_of_config(run.config, run.benchmark))
         for row in rows:
@@ -112,17 +119,6 @@ def carry_out(
             for row in curve_of(run, rows):
                 append_row(curves, row)
     _add_intervals(runs, metrics, data_root, sha256, output)
-
-
-def _train(run: Run, data_root: str) -> None:
-    run.work_dir.mkdir(parents=True, exist_ok=True)
-    log = run.work_dir / 'log.txt'
-    with log.open('w') as file:
-        done = subprocess.run(run.arguments(data_root), stdout=file, stderr=subprocess.STDOUT)
-    if done.returncode:
-        text = log.read_text()
-        reasons = re.findall(r'^(?:error: .*|[\w.]*Error: .*)', text, re.MULTILINE) or text.split('\n')[-2:-1]
-        raise ResultError(f'failed: {reasons[-1] if reasons else "no reason given"}\nsee {log}')
 
 
 def _add_intervals(runs: Sequence[Run], metrics: Sequence[str], data_root: str, sha256: str, output: Path) -> None:

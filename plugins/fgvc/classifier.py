@@ -43,8 +43,9 @@ class TimmClassifier(BaseModel):
         mixup: options of `timm.data.Mixup`, such as `dict(mixup_alpha=0.8, cutmix_alpha=1.0)`; None mixes nothing.
         frozen: train the head alone on features of the backbone as evaluation gives them: a linear probe.
         init_cfg: `dict(type='Pretrained', checkpoint=PATH)` starts from a timm classifier's or this class's weights in
-            a file; a head of another number of classes is left fresh. `dict(type='Quantized', checkpoint=PATH)` takes
-            the backbone of a classifier that `gplq.save` wrote, whose weights are final, so `frozen` goes with it.
+            a file; the head is left fresh if it is of another number of classes, or `frozen`.
+            `dict(type='Quantized', checkpoint=PATH)` takes the backbone of a classifier that `gplq.save` wrote, whose
+            weights are final, so `frozen` goes with it.
     """
 
     def __init__(
@@ -120,7 +121,8 @@ class TimmClassifier(BaseModel):
                     f'{source}: {name} holds NaN or infinite values, so nothing can be learned from it'
                 )
         self.backbone.load_state_dict(fit_timm_state(self.backbone, state, source))
-        head = self._head_in(state)
+        # Probes of several backbones differ in these alone.
+        head = None if self.frozen else self._head_in(state)
         if head is not None:
             self.head.load_state_dict(head)
             if not any(name.startswith(BACKBONE) for name in state):
