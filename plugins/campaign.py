@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.utils import track_iter_progress
 
 from gplq.plugins.benchmark import TOOL, Run, curve_of, rows_of
-from gplq.plugins.comparison import Comparison
+from gplq.plugins.comparison import Comparison, has_interval
 from gplq.plugins.logged_run import check_tool, run_logged
 from gplq.plugins.results import ResultError, append_row, file_sha256, read_rows
 from gplq.plugins.type_name import type_name
@@ -129,9 +129,8 @@ def _add_intervals(runs: Sequence[Run], metrics: Sequence[str], data_root: str, 
     pairs = [Comparison(run, references[0], metric) for run in runs if run.method != 'fp32' for metric in metrics]
     pairs = [pair for pair in pairs if pair.files is not None]
     rows = [row for row in read_rows(output) if row.checkpoint_sha256 == sha256]
-    done = {row.command for row in rows}
     figures = {(row.command, row.metric, row.weight_bits): row for row in rows}
-    waiting = [pair for pair in pairs if pair.text not in done]
+    waiting = [p for p in pairs if not has_interval(rows, p.metric, (p.fp32.text, p.run.text), p.text)]
     if waiting:
         print(f'\n{len(waiting)} intervals')
     for pair in track_iter_progress(waiting) if waiting else ():

@@ -18,7 +18,7 @@ from .downloads import read_downloads_safely
 from .preflight import PreflightError
 from .safe_load import allow_mmengine_objects
 
-__all__ = ['add_run_arguments', 'exit_on_error', 'read_config']
+__all__ = ['add_run_arguments', 'exit_on_error', 'option_value', 'read_config']
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +39,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 class _OptionsAction(DictAction):
     """mmengine's, with an error for what it cannot read: dicts and calls are no values on a command line."""
 
+    @staticmethod
+    def _parse_iterable(val: str) -> Any:
+        return option_value(val)
+
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
@@ -50,6 +54,12 @@ class _OptionsAction(DictAction):
                 f'{option_string} {" ".join(values)}: cannot be read ({reason}); write KEY=VALUE with a number, a text '
                 'or a list of these, and anything else in a config'
             )
+
+
+def option_value(text: str) -> Any:
+    """A value of `--cfg-options` as mmengine reads it, but for spaces in a text, which stay: paths may have them."""
+    value = DictAction._parse_iterable(text)
+    return text.strip('\'"') if isinstance(value, str) else value
 
 
 def read_config(args: argparse.Namespace) -> Config:

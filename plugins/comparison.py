@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from gplq.plugins.benchmark import Run
 from gplq.plugins.bootstrap import Difference, compare_top1
 from gplq.plugins.results import BOUNDS, ResultError, ResultRow
 
-__all__ = ['Comparison']
+__all__ = ['Comparison', 'has_interval']
 
 TOOL = 'tools/bootstrap.py'
 
@@ -19,6 +20,20 @@ PREDICTIONS = {
     'segm_mAP': ('predictions.segm.json', 'segm'),
     'top1': ('predictions.json', ''),
 }
+
+
+def has_interval(rows: Sequence[ResultRow], metric: str, figures: Sequence[str], comparison: str) -> bool:
+    """Whether both bounds stand behind the figures that they compare: a figure measured anew needs new ones.
+
+    Args:
+        rows: of one FP32 checkpoint, in the order of their file.
+        metric: what is compared.
+        figures: commands of the rows of both figures.
+        comparison: command of the rows of the bounds.
+    """
+    last = {(row.command, row.metric): place for place, row in enumerate(rows)}
+    measured = max(last.get((command, metric), -1) for command in figures)
+    return all(last.get((comparison, metric + end), -1) > measured for end in BOUNDS)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(Path(path).read_text(encoding='utf-8'))
     except OSError as error:
         raise ResultError(f'{os.fspath(path)} cannot be read: {error.strerror}') from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResultError(f'{os.fspath(path)} is no JSON: {error}') from None
 
 

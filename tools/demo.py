@@ -22,6 +22,7 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.utils import track_iter_progress
 
+from gplq.plugins.command_line import exit_on_error
 from gplq.plugins.detection.pictures import draw_predictions, side_by_side
 from gplq.plugins.detection.shapes import CLASSES, ShapesSettings, is_written, write_split
 from gplq.plugins.hooks.report import STEPS, minutes_up_to, read_steps
@@ -254,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    exit_on_error(main)

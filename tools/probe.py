@@ -1,8 +1,9 @@
 """Linear probes of a backbone in FP32 and quantized: how good are its features for other classes?
 
 A head is trained on each frozen backbone by tools/train.py and the config of a probe. A probe whose row is in the
-output already is not made again, so the program can be stopped and started at will. The difference of each from FP32's
-probe with the same seed gets a 95 % interval from resampled images, as tools/bootstrap.py gives it.
+output already is not made again, so the program can be stopped and started at will; another backbone in a file of the
+same name is measured anew. The difference of each from FP32's probe with the same seed gets a 95 % interval from
+resampled images, as tools/bootstrap.py gives it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--backbones',
         nargs='+',
+        action='extend',
         required=True,
         metavar='METHOD=FILE',
         help='what quantized a backbone, and the file that gplq.save wrote of it; {seed} stands for the seed',

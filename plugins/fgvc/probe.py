@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.utils import track_iter_progress
-from torch import nn
 
+from gplq.errors import GPLQError
 from gplq.plugins.bootstrap import compare_top1, top1_of
 from gplq.plugins.campaign import config_of
+from gplq.plugins.command_line import option_value
+from gplq.plugins.comparison import has_interval
 from gplq.plugins.fgvc.classifier import TimmClassifier
 from gplq.plugins.logged_run import check_tool, run_logged
 from gplq.plugins.results import (
@@ -49,6 +53,8 @@ class Probe:
     seed: int
     split: str
     work_dir: Path
+    # Of the FP32 backbone.
+    sha256: str
 
     @property
     def init_cfg(self) -> dict[str, str]:
@@ -71,6 +77,11 @@ class Probe:
         pairs = [f'{key}={value}' for key, value in options.items()]
         return ['python', TOOL, self.config, '--work-dir', str(self.work_dir), '--cfg-options', *pairs]
 
+    @property
+    def text(self) -> str:
+        """The command as one line."""
+        return shlex.join(self.command)
+
 
 def plan_probes(
     config: str,
@@ -82,6 +93,9 @@ def plan_probes(
 ) -> list[Probe]:
     """Each backbone with each seed, FP32 first.
 
+    A probe's folder, and by it its command, is named for what is in the files: another backbone under an old name is
+    another probe.
+
     Args:
         config: of a classifier with a frozen backbone.
         fp32: file of the FP32 backbone.
@@ -92,21 +106,32 @@ def plan_probes(
         work: folder of the runs.
 
     Raises:
-        ResultError: a file is missing, or one would be measured as two.
+        ResultError: a file is missing or has a name that options cannot hold, or a method has none.
     """
-    named = [(FP32, fp32), *quantized]
-    probes: dict[Path, Probe] = {}
-    for seed in seeds:
-        for method, pattern in named:
-            file = Path(pattern.replace('{seed}', str(seed)))
-            if not file.is_file():
-                raise ResultError(f'{method}: {file} does not exist')
-            stem = '' if method == FP32 else file.stem.removeprefix('gplq')
-            folder = work / split / (re.sub(r'\W+', '_', f'{method}{stem}') + f'_s{seed}')
-            if folder in probes:
-                raise ResultError(f'{method}={pattern}: {probes[folder].file} has the same method and name; give one')
-            probes[folder] = Probe(config, method, file, seed, split, folder)
-    return list(probes.values())
+    if '{seed}' in fp32:
+        raise ResultError(f'{fp32}: there is one FP32 backbone for all seeds, whose differences are measured from it')
+    for method, pattern in quantized:
+        if not re.fullmatch(r'[\w.-]+', method) or method == FP32:
+            raise ResultError(f"{method}={pattern}: {method!r} names no method; write one such as 'gplq' or 'rtn'")
+    sha256 = file_sha256(_file(FP32, fp32))
+    probes = []
+    for seed in dict.fromkeys(seeds):
+        for method, pattern in ((FP32, fp32), *dict.fromkeys(quantized)):
+            file = _file(method, pattern.replace('{seed}', str(seed)))
+            content = hashlib.sha256(f'{config} {sha256} {file_sha256(file)}'.encode()).hexdigest()[:8]
+            folder = work / split / f'{method}_s{seed}_{content}'
+            if option_value(str(folder)) != str(folder):
+                raise ResultError(f'--work-dir {work}: options cannot hold this name; choose one without , ( ) [ ]')
+            probes.append(Probe(config, method, file, seed, split, folder, sha256))
+    return probes
+
+
+def _file(method: str, name: str) -> Path:
+    if not Path(name).is_file():
+        raise ResultError(f'{method}: {name} is no file; name one that holds the backbone')
+    if option_value(name) != name:
+        raise ResultError(f'{method}: options cannot hold the name {name}; rename the file, without , ( ) [ ]')
+    return Path(name)
 
 
 def probe(probes: Sequence[Probe], benchmark: str, model: str, output: Path) -> None:
@@ -119,80 +144,78 @@ def probe(probes: Sequence[Probe], benchmark: str, model: str, output: Path) -> 
         output: file of the rows.
 
     Raises:
-        ResultError: the config is no probe, a backbone is not what its name says, or a run failed.
+        ResultError: the config is no probe, a file holds no fit backbone, or a run failed.
         CheckpointError: a file is damaged or another model's.
     """
     check_tool(TOOL)
-    sizes = {one.file: _size(one) for one in _once(probes)}
-    references = {one.seed: one for one in probes if one.method == FP32}
-    sha256 = file_sha256(next(iter(references.values())).file)
-    rows = {row.command: row for row in _rows(output) if (row.checkpoint_sha256, row.metric) == (sha256, METRIC)}
-    waiting = [one for one in probes if shlex.join(one.command) not in rows]
+    if output.is_dir():
+        raise ResultError(f'--output {output} is a folder; name a file for the rows')
+    files = {(one.method == FP32, one.file): one for one in probes}
+    sizes = {key: _size(one) for key, one in files.items()}
+    known = {row.command for row in _rows(output) if row.metric == METRIC}
+    waiting = [one for one in probes if one.text not in known]
     print(f'{len(probes)} probes, {len(probes) - len(waiting)} of them done already; rows: {output}')
     for one in track_iter_progress(waiting) if waiting else ():
-        text = shlex.join(one.command)
-        print(f'\n{text}', flush=True)
+        print(f'\n{one.text}', flush=True)
+        # What an earlier run left is not this one's.
+        one.predictions.unlink(missing_ok=True)
         with measure() as cost:
             run_logged([sys.executable, *one.command[1:]], one.work_dir)
-        rows[text] = ResultRow(
+        row = ResultRow(
             benchmark=benchmark,
             split=one.split,
             model=model,
             scope='backbone',
-            checkpoint_sha256=sha256,
+            checkpoint_sha256=one.sha256,
             method=one.method,
             seed=one.seed,
             metric=METRIC,
             value=top1_of(one.predictions),
             minutes=cost.minutes,
             peak_memory_mb=None,
-            command=text,
+            command=one.text,
             commit=commit(),
             versions=versions(),
-            **sizes[one.file],
+            **sizes[one.method == FP32, one.file],
         )
-        append_row(output, rows[text])
-        print(f'{one.method} {METRIC} {rows[text].value:.2f}')
-    _add_intervals(probes, references, rows, output)
+        append_row(output, row)
+        print(f'{one.method} {METRIC} {row.value:.2f}')
+    _add_intervals(probes, output)
 
 
-def _add_intervals(
-    probes: Sequence[Probe], references: Mapping[int, Probe], rows: Mapping[str, ResultRow], output: Path
-) -> None:
-    done = {row.command for row in _rows(output)}
+def _add_intervals(probes: Sequence[Probe], output: Path) -> None:
+    rows = _rows(output)
+    figures = {row.command: row for row in rows if row.metric == METRIC}
+    references = {one.seed: one for one in probes if one.method == FP32}
     for one in probes:
-        files = [references[one.seed].predictions, one.predictions]
+        reference = references[one.seed]
+        files = [reference.predictions, one.predictions]
         command = shlex.join(['python', 'tools/bootstrap.py', *map(str, files)])
-        if one.method == FP32 or command in done or not all(file.is_file() for file in files):
+        if one is reference or has_interval(rows, METRIC, (reference.text, one.text), command):
+            continue
+        if missing := [file for file in files if not file.is_file()]:
+            print(
+                f'no interval for {one.method}, seed {one.seed}: {missing[0]} is gone; delete its row to measure again'
+            )
             continue
         found = compare_top1(*files)
-        row = rows[shlex.join(one.command)]
-        if abs(found.second - row.value) > 1e-6:
-            raise ResultError(
-                f'{one.work_dir}: its predictions give {METRIC} {found.second:.4f}, its row has {row.value:.4f}; they '
-                'are of two runs, so delete the row and measure again'
-            )
+        for which, value in ((reference, found.first), (one, found.second)):
+            if abs(value - figures[which.text].value) > 1e-6:
+                raise ResultError(
+                    f'{which.work_dir}: its predictions give {METRIC} {value:.4f}, its row has '
+                    f'{figures[which.text].value:.4f}; they are of two runs, so delete the row and measure again'
+                )
         for end, value in zip(BOUNDS, (found.low, found.high), strict=True):
-            append_row(output, replace(row, metric=METRIC + end, value=value, command=command))
+            append_row(output, replace(figures[one.text], metric=METRIC + end, value=value, command=command))
 
 
 def _rows(output: Path) -> list[ResultRow]:
     return read_rows(output) if output.is_file() else []
 
 
-def _once(probes: Sequence[Probe]) -> Iterator[Probe]:
-    """One probe of each file."""
-    yield from {one.file: one for one in probes}.values()
-
-
 def _size(one: Probe) -> dict[str, Any]:
     """Bits and bytes of a backbone, which is read for it as the run will."""
-    cfg = config_of(one.config)
-    if not cfg.model.get('frozen'):
-        raise ResultError(f'{one.config} trains the backbone too: a probe has model = dict(frozen=True)')
-    model: nn.Module = MODELS.build({**cfg.model, 'init_cfg': one.init_cfg})
-    if not isinstance(model, TimmClassifier):
-        raise ResultError(f'{one.config}: {type(model).__name__} is no TimmClassifier, whose backbones probes take')
+    model = _built(config_of(one.config), one)
     model.init_weights()
     if not is_prepared(model):
         return {
@@ -211,3 +234,30 @@ def _size(one: Probe) -> dict[str, Any]:
         'effective_bits': effective_bits(model),
         'artifact_bytes': packed_model_bytes(model, model.backbone),
     }
+
+
+def _built(cfg: Config, one: Probe) -> TimmClassifier:
+    """The config's model, if the config probes what init_cfg brings.
+
+    Raises:
+        ResultError: it does something else.
+    """
+    settings: Mapping[str, Any] = cfg.get('model') or {}
+    if not settings.get('frozen'):
+        raise ResultError(f'{one.config} trains the backbone too: a probe has model = dict(frozen=True)')
+    if cfg.get('load_from') or cfg.get('resume'):
+        raise ResultError(
+            f'{one.config} has load_from or resume, whose weights would replace every backbone: remove it'
+        )
+    if 'gplq' in (cfg.get('default_hooks') or {}):
+        raise ResultError(f'{one.config} has default_hooks.gplq, which quantizes by itself: a probe has none')
+    try:
+        model = MODELS.build({**settings, 'init_cfg': one.init_cfg})
+    except GPLQError:
+        raise
+    except Exception as error:
+        # Any model can be named, with any arguments.
+        raise ResultError(f'{one.config}: its model cannot be built: {type(error).__name__}: {error}') from error
+    if not isinstance(model, TimmClassifier):
+        raise ResultError(f'{one.config}: {type(model).__name__} is no TimmClassifier, whose backbones probes take')
+    return model

@@ -43,5 +43,5 @@ def test_options_that_mmengine_cannot_read(option: str, capsys: pytest.CaptureFi
         parser.parse_args(['--cfg-options', option])
     assert ended.value.code == 2
     assert f'error: --cfg-options {option}: cannot be read' in capsys.readouterr().err
-    parsed = parser.parse_args(['--cfg-options', 'a=[1,2]', 'b.c=x'])
-    assert parsed.cfg_options == {'a': [1, 2], 'b.c': 'x'}
+    parsed = parser.parse_args(['--cfg-options', 'a=[1, 2]', 'b.c=x', 'd=a path/of two', 'e= 3', "f='none'"])
+    assert parsed.cfg_options == {'a': [1, 2], 'b.c': 'x', 'd': 'a path/of two', 'e': 3, 'f': 'none'}

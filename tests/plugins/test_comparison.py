@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from gplq.plugins.benchmark import Run, rows_of
-from gplq.plugins.comparison import Comparison
+from gplq.plugins.comparison import Comparison, has_interval
 from gplq.plugins.results import ResultError, ResultRow
 
 
@@ -44,6 +44,27 @@ def test_the_interval_of_a_difference_from_fp32_becomes_two_rows(make_runs: Call
         pair.rows(pair.measure(''), known, replace(row, value=50.0))
     with pytest.raises(ResultError, match='fp32_w32_s0: its predictions give top1 50.0000, its row has 60.0000'):
         pair.rows(pair.measure(''), replace(known, value=60.0), row)
+
+
+def test_an_interval_counts_if_both_bounds_stand_behind_both_figures(make_runs: Callable[..., list[Run]]) -> None:
+    fp32, run = make_runs(['fp32', 'gplq'], [3], [0], [''], task='classification')
+    pair = Comparison(run, fp32, 'top1')
+    (known,) = classifier_rows(fp32, right=5)
+    between, row = classifier_rows(run, right=4)
+    low, high = pair.rows(pair.measure(''), known, row)
+
+    def counts(*rows: ResultRow) -> bool:
+        return has_interval(rows, 'top1', (fp32.text, run.text), pair.text)
+
+    assert counts(known, between, row, low, high)
+    assert not counts(known, between, row)
+    assert not counts(known, between, row, low)
+    assert not counts(known, between, row, low, high, known)
+    assert not counts(known, between, low, high, row)
+    assert not counts(known, low, row, high)
+    assert counts(known, low, high, row, low, high)
+    # Another metric's figure changes nothing.
+    assert counts(known, row, low, high, replace(row, metric='mean_class'))
 
 
 def test_a_detector_is_compared_by_boxes_or_masks_and_the_truth_of_its_split(
