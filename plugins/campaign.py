@@ -11,7 +11,7 @@ from mmengine.utils import track_iter_progress
 from gplq.plugins.benchmark import TOOL, Run, curve_of, rows_of
 from gplq.plugins.comparison import Comparison, has_interval
 from gplq.plugins.logged_run import check_tool, run_logged
-from gplq.plugins.results import ResultError, append_row, file_sha256, read_rows
+from gplq.plugins.results import ResultError, append_row, file_sha256, read_rows, rows_so_far
 from gplq.plugins.type_name import type_name
 
 __all__ = ['carry_out', 'check_hook', 'config_of', 'metrics_of', 'model_of_config', 'read', 'task_of']
@@ -100,7 +100,7 @@ def carry_out(
     if not Path(checkpoint).is_file():
         raise ResultError(f'checkpoint {checkpoint} does not exist')
     sha256 = file_sha256(checkpoint)
-    known = read_rows(output) if output.is_file() else []
+    known = rows_so_far(output)
     waiting = [run for run in runs if not run.is_done(metrics, sha256, known)]
     # An activation stage that others go on with may have been measured and its checkpoint deleted since.
     lost = [run.trained_by for run in waiting if run.trained_by and not run.trained_by.stage_file.is_file()]

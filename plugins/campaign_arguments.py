@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gplq.plugins.benchmark import Bits, Run, bits_of, plan_runs
 from gplq.plugins.campaign import metrics_of, task_of
-from gplq.plugins.results import ResultError
+from gplq.plugins.results import ResultError, rows_file
 
 __all__ = ['Request', 'add_campaign_arguments', 'request_of']
 
@@ -100,5 +100,5 @@ def request_of(args: argparse.Namespace) -> Request:
         metrics=args.metrics or metrics_of(task),
         work_dir=work_dir,
         model=args.model,
-        output=args.output or (Path('results') if args.split == 'test' else work_dir) / f'{name}.jsonl',
+        output=rows_file(args.output, args.split, work_dir, name),
     )

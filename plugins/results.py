@@ -38,6 +38,8 @@ __all__ = [
     'peak_memory_mb',
     'read_rows',
     'repeat_command',
+    'rows_file',
+    'rows_so_far',
     'versions',
 ]
 
@@ -195,6 +197,27 @@ def read_rows(path: str | os.PathLike[str]) -> list[ResultRow]:
         except ValueError as error:
             raise ResultError(f'{path}, line {number}: {error}') from error
     return rows
+
+
+def rows_so_far(path: str | os.PathLike[str]) -> list[ResultRow]:
+    """Rows of a file that need not be there yet.
+
+    Raises:
+        ResultError: a line is no row.
+    """
+    return read_rows(path) if Path(path).is_file() else []
+
+
+def rows_file(output: Path | None, split: str, work_dir: Path, benchmark: str) -> Path:
+    """Where a benchmark's rows go: those of the test split are published, others lie with their runs.
+
+    Args:
+        output: what the user says, None for nothing.
+        split: what is measured on.
+        work_dir: of the runs.
+        benchmark: its name.
+    """
+    return output or (Path('results') if split == 'test' else work_dir) / f'{benchmark}.jsonl'
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from .results import BOUNDS, ResultError, ResultRow, bits_name, read_rows
+from .results import BOUNDS, ResultError, ResultRow, bits_name, rows_so_far
 
 __all__ = ['fill_tables', 'render_table']
 
@@ -50,7 +50,7 @@ def fill_tables(text: str, root: Path) -> str:
         also = settings.pop('also').split(',') if 'also' in settings else []
         if foreign := sorted(set(settings) - FIELDS) + sorted(set(also) - {*EXTRA, INTERVAL}):
             raise ResultError(f'table of {path}: no field {", ".join(foreign)}')
-        rows = read_rows(root / path) if (root / path).is_file() else []
+        rows = rows_so_far(root / path)
         wanted = {name: values.split(',') for name, values in settings.items()}
         rows = [row for row in rows if all(str(getattr(row, n)) in v for n, v in wanted.items())]
         return f'<!-- table: {match["options"]} -->\n{render_table(rows, metrics, also)}<!-- /table -->'

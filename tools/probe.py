@@ -15,7 +15,7 @@ from mmengine.registry import init_default_scope
 
 from gplq.plugins.command_line import exit_on_error
 from gplq.plugins.fgvc.probe import plan_probes, probe
-from gplq.plugins.results import ResultError
+from gplq.plugins.results import ResultError, rows_file
 
 EXAMPLE = """example:
   GPLQ_DATA_ROOT=data/animals24 python tools/probe.py configs/probe_swin-mini_animals24.py \\
@@ -56,7 +56,7 @@ def main() -> None:
     work_dir = args.work_dir or Path('work_dirs', benchmark)
     backbones = [tuple(text.split('=', 1)) for text in args.backbones]
     probes = plan_probes(args.config, args.fp32, backbones, args.seeds, args.split, work_dir)
-    output = args.output or (Path('results') if args.split == 'test' else work_dir) / f'{benchmark}.jsonl'
+    output = rows_file(args.output, args.split, work_dir, benchmark)
     probe(probes, benchmark, args.model or name, output)
 
 

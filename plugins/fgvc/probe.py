@@ -30,7 +30,7 @@ from gplq.plugins.results import (
     commit,
     file_sha256,
     measure,
-    read_rows,
+    rows_so_far,
     versions,
 )
 from gplq.record import Stage, is_prepared, record_of
@@ -152,7 +152,7 @@ def probe(probes: Sequence[Probe], benchmark: str, model: str, output: Path) -> 
         raise ResultError(f'--output {output} is a folder; name a file for the rows')
     files = {(one.method == FP32, one.file): one for one in probes}
     sizes = {key: _size(one) for key, one in files.items()}
-    known = {row.command for row in _rows(output) if row.metric == METRIC}
+    known = {row.command for row in rows_so_far(output) if row.metric == METRIC}
     waiting = [one for one in probes if one.text not in known]
     print(f'{len(probes)} probes, {len(probes) - len(waiting)} of them done already; rows: {output}')
     for one in track_iter_progress(waiting) if waiting else ():
@@ -184,7 +184,7 @@ def probe(probes: Sequence[Probe], benchmark: str, model: str, output: Path) -> 
 
 
 def _add_intervals(probes: Sequence[Probe], output: Path) -> None:
-    rows = _rows(output)
+    rows = rows_so_far(output)
     figures = {row.command: row for row in rows if row.metric == METRIC}
     references = {one.seed: one for one in probes if one.method == FP32}
     for one in probes:
@@ -207,10 +207,6 @@ def _add_intervals(probes: Sequence[Probe], output: Path) -> None:
                 )
         for end, value in zip(BOUNDS, (found.low, found.high), strict=True):
             append_row(output, replace(figures[one.text], metric=METRIC + end, value=value, command=command))
-
-
-def _rows(output: Path) -> list[ResultRow]:
-    return read_rows(output) if output.is_file() else []
 
 
 def _size(one: Probe) -> dict[str, Any]:
