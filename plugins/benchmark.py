@@ -1,4 +1,4 @@
-"""The runs of a benchmark: which settings each method has, and the command that carries one out."""
+"""The runs of a benchmark, and the command that carries each one out."""
 
 from __future__ import annotations
 
@@ -15,57 +15,17 @@ from typing import Any
 from gplq.errors import RecipeError
 from gplq.plugins.hooks.curve import CURVE, read_curve
 from gplq.plugins.hooks.report import STEPS, minutes_up_to, read_steps
+from gplq.plugins.methods import FLOATING, METHODS, VARIANTS
 from gplq.plugins.results import ResultError, ResultRow, commit, file_sha256, versions
 from gplq.recipe import WEIGHT_STAGE_FIELDS, Recipe
 
-__all__ = ['METHODS', 'ROW', 'TOOL', 'VARIANTS', 'Bits', 'Run', 'bits_of', 'curve_of', 'plan_runs', 'rows_of']
+__all__ = ['TOOL', 'Bits', 'Run', 'bits_of', 'curve_of', 'plan_runs', 'rows_of']
 
 # Of weights and of activations.
 Bits = tuple[int, int]
 
 TOOL = 'tools/train.py'
 HOOK = 'default_hooks.gplq.'
-
-METHODS: dict[str, dict[str, Any]] = {
-    'fp32': {'weight_bits': 32, 'activation_bits': 32, 'iterations': 0},
-    'fp32_control': {'method': 'gplq', 'weight_bits': 32, 'activation_bits': 32},
-    'gplq': {'method': 'gplq'},
-    'lsq': {'method': 'lsq'},
-    'vvtq': {'method': 'vvtq'},
-    **{
-        name: {'method': name, 'iterations': 0}
-        for name in ('rtn', 'ptq4vit', 'repq_vit', 'gptq', 'qwt', 'erq', 'reconstruct')
-    },
-}
-
-# Methods without bits, and what their step is called.
-FLOATING = {'fp32': 'FP32', 'fp32_control': 'FP32 control'}
-# What every table has.
-ROW = ('fp32', 'fp32_control', 'gplq', 'rtn')
-
-# What differs from the hook's own settings.
-VARIANTS: dict[str, dict[str, Any]] = {
-    '': {},
-    'no mimicking': {'mimicking': 0},
-    'folded': {'recipe.exponents': [1.0], 'recipe.balance': False},
-    'unfolded': {'recipe.exponents': [1.0], 'recipe.balance': False, 'recipe.fold': False},
-    'per tensor': {'recipe.linear_input': 'tensor'},
-    'symmetric': {'recipe.input_offset': False},
-    'one scale a map': {'recipe.attention_map': 'uniform'},
-    **{f'mimicking {weight:g}': {'mimicking': weight} for weight in (0.1, 10.0)},
-    **{f'PCA {share} %': {'stage.explained_variance': share / 100} for share in (30, 90)},
-    **{f'{count} iterations': {'iterations': count} for count in (1, 10, 100, 1000)},
-    '1 epoch': {'minimum_iterations': 0},
-    'scales only': {'stage.lr': 0.0},
-    'nearest': {'recipe.rounding': 'nearest'},
-    'reconstruct': {'recipe.rounding': 'reconstruct'},
-    **{kind: {'recipe.compensation': kind} for kind in ('qwt', 'ridge', 'affine', 'erq')},
-    "paper's weights": {
-        'recipe.weight_scheme': 'percentile',
-        'recipe.rounding': 'nearest',
-        'recipe.compensation': 'qwt',
-    },
-}
 
 # How a run measures another part of the data than its config does.
 SPLITS: dict[str, dict[str, str]] = {

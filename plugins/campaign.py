@@ -9,9 +9,9 @@ from mmengine.config import Config
 from mmengine.utils import track_iter_progress
 
 from gplq.plugins.benchmark import TOOL, Run, curve_of, rows_of
-from gplq.plugins.comparison import Comparison, has_interval
+from gplq.plugins.comparison import Comparison, add_intervals
 from gplq.plugins.logged_run import check_tool, run_logged
-from gplq.plugins.results import ResultError, append_row, file_sha256, read_rows, rows_so_far
+from gplq.plugins.results import ResultError, append_row, file_sha256, rows_so_far
 from gplq.plugins.type_name import type_name
 
 __all__ = ['carry_out', 'check_hook', 'config_of', 'metrics_of', 'model_of_config', 'read', 'task_of']
@@ -118,23 +118,7 @@ def carry_out(
         if curves is not None and not again:
             for row in curve_of(run, rows):
                 append_row(curves, row)
-    _add_intervals(runs, metrics, data_root, sha256, output)
-
-
-def _add_intervals(runs: Sequence[Run], metrics: Sequence[str], data_root: str, sha256: str, output: Path) -> None:
-    """Compare each run's predictions with FP32's, unless its rows are there."""
     references = [run for run in runs if run.method == 'fp32']
-    if not references:
-        return
-    pairs = [Comparison(run, references[0], metric) for run in runs if run.method != 'fp32' for metric in metrics]
-    pairs = [pair for pair in pairs if pair.files is not None]
-    rows = [row for row in read_rows(output) if row.checkpoint_sha256 == sha256]
-    figures = {(row.command, row.metric, row.weight_bits): row for row in rows}
-    waiting = [p for p in pairs if not has_interval(rows, p.metric, (p.fp32.text, p.run.text), p.text)]
-    if waiting:
-        print(f'\n{len(waiting)} intervals')
-    for pair in track_iter_progress(waiting) if waiting else ():
-        _, weight_bits, _ = pair.run.bits_of_rows[-1]
-        known = figures[pair.fp32.text, pair.metric, 32], figures[pair.run.text, pair.metric, weight_bits]
-        for row in pair.rows(pair.measure(data_root), *known):
-            append_row(output, row)
+    compared = [metric for metric in metrics if Comparison.compares(metric)]
+    pairs = [Comparison(run, fp32, metric) for fp32 in references for run in runs if run != fp32 for metric in compared]
+    add_intervals(pairs, data_root, sha256, output)

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+from gplq.plugins.plotting import look, new_figure, save
 from gplq.plugins.results import ResultError, ResultRow, bits_name
 
 __all__ = ['Course', 'courses_of', 'draw', 'table']
@@ -128,24 +129,17 @@ def table(courses: Sequence[Course], reference: str) -> str:
 
 def draw(panels: Sequence[tuple[str, Sequence[Course]]], path: Path) -> None:
     """Draw a panel for each metric against minutes, a line for each run, a colour for each method and bits."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5 * len(panels), 5), layout='constrained')
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.5 * len(panels), 5)
     labels = sorted({f'{course.name} {course.bits}' for _, courses in panels for course in courses})
     for axes, (title, courses) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for course in courses:
             label = f'{course.name} {course.bits}'
-            number = labels.index(label)
             shown = label if label not in axes.get_legend_handles_labels()[1] else None
-            style = {'color': f'C{number % 10}', 'marker': 'osD^vP*X'[number % 8], 'markersize': 4}
-            axes.plot(*zip(*course.points, strict=True), label=shown, **style)
+            axes.plot(*zip(*course.points, strict=True), label=shown, markersize=4, **look(labels.index(label)))
         axes.set_xlabel('minutes of training')
         axes.set_ylabel(title)
-        axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def _mean(values: Sequence[float | None], form: str, otherwise: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise ResultError(f'{os.fspath(path)} is no JSON: {error}') from None
 
 
-def read_points(path: str | os.PathLike[str], fields: Iterable[str]) -> list[dict[str, Any]]:
-    """What a run noted along its way: a list of objects that have these fields at least.
+def read_points(path: str | os.PathLike[str], fields: Mapping[str, type]) -> list[dict[str, Any]]:
+    """What a run noted along its way: a list of objects that have these fields at least, of these types.
 
     Raises:
         ResultError: it cannot be read or holds something else.
@@ -38,7 +38,14 @@ def read_points(path: str | os.PathLike[str], fields: Iterable[str]) -> list[dic
         points = read_json(path)
     except ResultError as error:
         raise ResultError(f'{error}; {remedy}') from None
-    wanted = set(fields)
-    if not isinstance(points, list) or not all(isinstance(p, dict) and wanted <= set(p) for p in points):
-        raise ResultError(f'{os.fspath(path)} is no list of objects with {sorted(wanted)}; {remedy}')
+    if not isinstance(points, list) or not all(isinstance(p, dict) and set(fields) <= set(p) for p in points):
+        raise ResultError(f'{os.fspath(path)} is no list of objects with {sorted(fields)}; {remedy}')
+    for number, point in enumerate(points):
+        for name, kind in fields.items():
+            # A whole number is a number with a point, too; JSON's true is an int to Python alone.
+            fits = isinstance(point[name], (int, float) if kind is float else kind)
+            if not fits or isinstance(point[name], bool):
+                raise ResultError(
+                    f'{os.fspath(path)}: {name} of entry {number} is {point[name]!r}, no {kind.__name__}; {remedy}'
+                )
     return points

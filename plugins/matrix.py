@@ -10,9 +10,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from gplq.plugins.benchmark import METHODS, Run
+from gplq.plugins.benchmark import Run
 from gplq.plugins.campaign import read
 from gplq.plugins.hooks.settings import HookSettings
+from gplq.plugins.methods import METHODS
+from gplq.plugins.plotting import look, new_figure, save
 from gplq.plugins.results import BOUNDS, ResultError, ResultRow, bits_name
 from gplq.recipe import Recipe
 
@@ -85,9 +87,6 @@ def write_csv(rows: Sequence[ResultRow], metrics: Sequence[str]) -> str:
 
 def plot(rows: Sequence[ResultRow], metric: str, path: Path) -> None:
     """Draw the metric against minutes and against bytes, a colour a method; means over seeds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     points: dict[str, dict[str, list[ResultRow]]] = {}
     for row in rows:
         # A step between has the weights of FP32, and so its size.
@@ -96,8 +95,7 @@ def plot(rows: Sequence[ResultRow], metric: str, path: Path) -> None:
         name = ' '.join(filter(None, (row.method, row.variant)))
         bits = bits_name(row.weight_bits, row.activation_bits)
         points.setdefault(name, {}).setdefault(bits, []).append(row)
-    figure = Figure(figsize=(13, 5.5), layout='constrained')
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 5.5)
     for axes, (field, title, unit) in zip(
         figure.subplots(1, 2, sharey=True),
         (('minutes', 'minutes', 1.0), ('artifact_bytes', 'size of the model, MB', 1e6)),
@@ -109,15 +107,14 @@ def plot(rows: Sequence[ResultRow], metric: str, path: Path) -> None:
                 for bits, found in of_bits.items()
             }
             x, y = zip(*means.values(), strict=True)
-            axes.plot(x, y, linestyle='none', marker='osD^vP*X'[number % 8], color=f'C{number % 10}', label=name)
+            axes.plot(x, y, linestyle='none', label=name, **look(number))
             for bits, place in means.items():
                 axes.annotate(bits, place, xytext=(4, 3), textcoords='offset points', fontsize=7)
         axes.set_xlabel(title)
-        axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel(metric)
     figure.axes[0].set_xscale('symlog', linthresh=0.1)
     figure.axes[1].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def _differences(settings: Any, defaults: Any, prefix: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from .methods import VARIANTS
 from .results import BOUNDS, ResultError, ResultRow, bits_name, rows_so_far
 
 __all__ = ['fill_tables', 'render_table']
@@ -111,10 +112,11 @@ def _identity(row: ResultRow) -> tuple[str, ...]:
     return row.benchmark, row.split, row.scope, row.checkpoint_sha256
 
 
-def _order(key: _Key) -> tuple[str, int, int, int, str, str]:
+def _order(key: _Key) -> tuple[str | int, ...]:
     model, weight_bits, activation_bits, method, variant = key
     rank = FIRST.index(method) if method in FIRST else len(FIRST) + (method == LAST)
-    return model, -activation_bits, -weight_bits, rank, method, variant
+    place = list(VARIANTS).index(variant) if variant in VARIANTS else len(VARIANTS)
+    return model, -activation_bits, -weight_bits, rank, method, place, variant
 
 
 def _digits(metric: str) -> str:

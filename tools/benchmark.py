@@ -12,10 +12,10 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from gplq.plugins.benchmark import METHODS, ROW, VARIANTS
 from gplq.plugins.campaign import carry_out
 from gplq.plugins.campaign_arguments import add_campaign_arguments, request_of
 from gplq.plugins.command_line import exit_on_error
+from gplq.plugins.methods import METHODS, ROW, VARIANTS
 
 EXAMPLE = """example:
   GPLQ_DATA_ROOT=data/bccd python tools/benchmark.py configs/gplq_faster_rcnn_vit-tiny_bccd.py bccd_vit.pth \\

@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 
 from gplq.files import write_bytes_atomically
-from gplq.plugins.benchmark import METHODS
 from gplq.plugins.campaign import carry_out
 from gplq.plugins.campaign_arguments import add_campaign_arguments, request_of
 from gplq.plugins.command_line import exit_on_error
 from gplq.plugins.matrix import plot, rows_of_runs, settings_of, write_csv
+from gplq.plugins.methods import METHODS
 from gplq.plugins.results import file_sha256, read_rows
 from gplq.plugins.tables import render_table
 

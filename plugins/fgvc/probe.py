@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ from mmengine.registry import MODELS
 from mmengine.utils import track_iter_progress
 
 from gplq.errors import GPLQError
-from gplq.plugins.bootstrap import compare_top1, top1_of
+from gplq.plugins.bootstrap import top1_of
 from gplq.plugins.campaign import config_of
 from gplq.plugins.command_line import option_value
-from gplq.plugins.comparison import has_interval
+from gplq.plugins.comparison import Comparison, add_intervals
 from gplq.plugins.fgvc.classifier import TimmClassifier
 from gplq.plugins.logged_run import check_tool, run_logged
 from gplq.plugins.results import (
-    BOUNDS,
     ResultError,
     ResultRow,
     append_row,
@@ -180,33 +179,9 @@ def probe(probes: Sequence[Probe], benchmark: str, model: str, output: Path) -> 
         )
         append_row(output, row)
         print(f'{one.method} {METRIC} {row.value:.2f}')
-    _add_intervals(probes, output)
-
-
-def _add_intervals(probes: Sequence[Probe], output: Path) -> None:
-    rows = rows_so_far(output)
-    figures = {row.command: row for row in rows if row.metric == METRIC}
     references = {one.seed: one for one in probes if one.method == FP32}
-    for one in probes:
-        reference = references[one.seed]
-        files = [reference.predictions, one.predictions]
-        command = shlex.join(['python', 'tools/bootstrap.py', *map(str, files)])
-        if one is reference or has_interval(rows, METRIC, (reference.text, one.text), command):
-            continue
-        if missing := [file for file in files if not file.is_file()]:
-            print(
-                f'no interval for {one.method}, seed {one.seed}: {missing[0]} is gone; delete its row to measure again'
-            )
-            continue
-        found = compare_top1(*files)
-        for which, value in ((reference, found.first), (one, found.second)):
-            if abs(value - figures[which.text].value) > 1e-6:
-                raise ResultError(
-                    f'{which.work_dir}: its predictions give {METRIC} {value:.4f}, its row has '
-                    f'{figures[which.text].value:.4f}; they are of two runs, so delete the row and measure again'
-                )
-        for end, value in zip(BOUNDS, (found.low, found.high), strict=True):
-            append_row(output, replace(figures[one.text], metric=METRIC + end, value=value, command=command))
+    pairs = [Comparison(one, references[one.seed], METRIC) for one in probes if one.method != FP32]
+    add_intervals(pairs, '', probes[0].sha256, output)
 
 
 def _size(one: Probe) -> dict[str, Any]:

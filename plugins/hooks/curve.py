@@ -23,7 +23,7 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
     Raises:
         ResultError: it cannot be read or is no such file.
     """
-    return read_points(path, ('iteration', 'minutes', 'metrics'))
+    return read_points(path, {'iteration': int, 'minutes': float, 'metrics': dict})
 
 
 class Curve:

@@ -109,7 +109,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     Raises:
         ResultError: the file cannot be read or is no such file.
     """
-    return read_points(path, ('step', 'metrics', 'minutes'))
+    return read_points(path, {'step': str, 'metrics': dict, 'minutes': float})
 
 
 def minutes_up_to(steps: list[dict[str, Any]], name: str) -> float:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gplq.plugins.benchmark import ROW, Run, plan_runs
+from gplq.plugins.benchmark import Run, plan_runs
+from gplq.plugins.methods import ROW
 
 
 @pytest.fixture

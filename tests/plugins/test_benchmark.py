@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from gplq.errors import RecipeError
-from gplq.plugins.benchmark import METHODS, ROW, Run, bits_of, rows_of
+from gplq.plugins.benchmark import Run, bits_of, rows_of
+from gplq.plugins.methods import METHODS, ROW
 from gplq.plugins.results import ResultError
 
 STEP = dict(effective_bits=3.1, model_bytes=100, peak_memory_mb=7.0, scope='backbone')

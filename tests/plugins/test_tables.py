@@ -71,6 +71,13 @@ def test_variants_models_and_missing_metrics() -> None:
     assert '| 76.2 |' in render_table(rows, ['top1'])
 
 
+def test_variants_come_in_the_order_in_which_they_are_listed_and_others_behind_them() -> None:
+    names = ['lr=1', 'scales only', '100 iterations', '', '10 iterations', 'folded', 'a=2']
+    table = render_table([make_row('gplq', 4, 4, 0.5, variant=name) for name in names], ['bbox_mAP'])
+    found = [line.split(' | ')[1] for line in table.splitlines()[2:]]
+    assert found == ['', 'folded', '10 iterations', '100 iterations', 'scales only', 'a=2', 'lr=1']
+
+
 def test_bounds_of_the_difference_from_fp32_are_a_column_of_their_own() -> None:
     rows = [make_row('fp32', 32, 32, 0.55)]
     for seed, low in enumerate((-0.02, -0.01)):

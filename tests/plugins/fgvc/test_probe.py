@@ -183,11 +183,11 @@ def test_intervals_are_of_the_rows_they_stand_behind(
         kept = one.predictions.read_text()
         output.write_text('\n'.join(lines[:2]) + '\n')
         one.predictions.write_text(kept.replace('"found": 1', '"found": 0', 1))
-        with pytest.raises(ResultError, match=f'{one.work_dir}.*they are of two runs, so delete the row'):
+        with pytest.raises(ResultError, match=f'{one.work_dir}.*they are of two runs, so delete'):
             probe(rtn(4), 'birds', 'vit', output)
         one.predictions.unlink()
         probe(rtn(4), 'birds', 'vit', output)
-        assert 'no interval for rtn, seed 0:' in capfd.readouterr().out
+        assert f'no interval of top1: {one.predictions} is gone' in capfd.readouterr().out
         one.predictions.write_text(kept)
 
 

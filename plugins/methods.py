@@ -1,0 +1,48 @@
+"""The methods of a benchmark and the variants of ours, by the settings of the hook in which they differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ['FLOATING', 'METHODS', 'ROW', 'VARIANTS']
+
+METHODS: dict[str, dict[str, Any]] = {
+    'fp32': {'weight_bits': 32, 'activation_bits': 32, 'iterations': 0},
+    'fp32_control': {'method': 'gplq', 'weight_bits': 32, 'activation_bits': 32},
+    'gplq': {'method': 'gplq'},
+    'lsq': {'method': 'lsq'},
+    'vvtq': {'method': 'vvtq'},
+    **{
+        name: {'method': name, 'iterations': 0}
+        for name in ('rtn', 'ptq4vit', 'repq_vit', 'gptq', 'qwt', 'erq', 'reconstruct')
+    },
+}
+
+# Methods without bits, and what their step is called.
+FLOATING = {'fp32': 'FP32', 'fp32_control': 'FP32 control'}
+# What every table has.
+ROW = ('fp32', 'fp32_control', 'gplq', 'rtn')
+
+# What differs from the hook's own settings, in the order of tables.
+VARIANTS: dict[str, dict[str, Any]] = {
+    '': {},
+    'folded': {'recipe.exponents': [1.0], 'recipe.balance': False},
+    'unfolded': {'recipe.exponents': [1.0], 'recipe.balance': False, 'recipe.fold': False},
+    'per tensor': {'recipe.linear_input': 'tensor'},
+    'symmetric': {'recipe.input_offset': False},
+    'one scale a map': {'recipe.attention_map': 'uniform'},
+    'no mimicking': {'mimicking': 0},
+    **{f'mimicking {weight:g}': {'mimicking': weight} for weight in (0.1, 10.0)},
+    **{f'PCA {share} %': {'stage.explained_variance': share / 100} for share in (30, 90)},
+    **{f'{count} iterations': {'iterations': count} for count in (1, 10, 100, 1000)},
+    '1 epoch': {'minimum_iterations': 0},
+    'scales only': {'stage.lr': 0.0},
+    'nearest': {'recipe.rounding': 'nearest'},
+    'reconstruct': {'recipe.rounding': 'reconstruct'},
+    **{kind: {'recipe.compensation': kind} for kind in ('qwt', 'ridge', 'affine', 'erq')},
+    "paper's weights": {
+        'recipe.weight_scheme': 'percentile',
+        'recipe.rounding': 'nearest',
+        'recipe.compensation': 'qwt',
+    },
+}
