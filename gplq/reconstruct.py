@@ -42,6 +42,8 @@ class Reconstruction:
 
     Attributes:
         iterations: of Adam a block.
+        batch_size: entries of a calibration batch, along its first axis, that an iteration takes; all of them where a
+            block does not treat each by itself.
         lr: of the rounding variables.
         decision: weight of the term that makes them decide.
         drop: share of quantized inputs that are left in floating point while it learns (QDrop, Wei et al. 2022).
@@ -51,6 +53,7 @@ class Reconstruction:
     """
 
     iterations: int = 500
+    batch_size: int = 32
     lr: float = 1e-2
     decision: float = 0.01
     drop: float = 0.5
@@ -59,8 +62,9 @@ class Reconstruction:
 
     def __post_init__(self) -> None:
         check_types(vars(self), get_type_hints(Reconstruction))
-        if self.iterations < 1:
-            raise RecipeError(f'iterations={self.iterations} must be at least 1')
+        for name in ('iterations', 'batch_size'):
+            if getattr(self, name) < 1:
+                raise RecipeError(f'{name}={getattr(self, name)} must be at least 1')
         if not 0 <= self.drop < 1:
             raise RecipeError(f'drop={self.drop} must be in [0, 1)')
 
@@ -73,6 +77,17 @@ class _Sample:
     kwargs: dict[str, Any]
     target: Tensor
     importance: Tensor | None = None
+
+    def part(self, first: int, count: int) -> _Sample:
+        """Some of its entries; tensors of another length than the block's output are taken to be common to all."""
+        length = len(self.target)
+
+        def cut(value: Any) -> Any:
+            has_entries = isinstance(value, Tensor) and value.dim() > 0 and len(value) == length
+            return value.narrow(0, first, count) if has_entries else value
+
+        args, kwargs = tree_map(cut, (self.args, self.kwargs))
+        return _Sample(args, kwargs, self.target.narrow(0, first, count), self.importance)
 
 
 def reconstruct_blocks(
@@ -239,7 +254,11 @@ def _fit(
     with evaluating(block):
         torch.manual_seed(settings.seed)
         before = sum(float(error(s, hard=True)) for s in samples) / len(samples)
-        _learn(block, roundings, samples, error, settings)
+        longest = max(samples, key=lambda s: len(s.target))
+        size = settings.batch_size
+        _learn(
+            block, roundings, samples, error, size if _divides(run, longest, size) else len(longest.target), settings
+        )
         after = sum(float(error(s, hard=True)) for s in samples) / len(samples)
     if not after < before:
         # Too few iterations can leave it worse than where it began.
@@ -251,13 +270,30 @@ def _fit(
     return before, after
 
 
+def _divides(run: Callable[[_Sample], Tensor], sample: _Sample, count: int) -> bool:
+    """Whether a block makes of some entries what it makes of them among all."""
+    first = len(sample.target) - count
+    if first <= 0:
+        return True
+    with torch.no_grad():
+        whole = run(sample).narrow(0, first, count).float()
+        try:
+            alone = run(sample.part(first, count)).float()
+        except (RuntimeError, ValueError, IndexError, AssertionError):
+            return False
+    # A matrix product of another size may round otherwise, and a code flip.
+    return alone.shape == whole.shape and bool((alone - whole).norm() <= 0.01 * whole.norm())
+
+
 def _learn(
     block: nn.Module,
     roundings: list[SoftRounding],
     samples: list[_Sample],
     error: Callable[[_Sample], Tensor],
+    size: int,
     settings: Reconstruction,
 ) -> None:
+    """Learn from batches of at most so many entries."""
     parameters = [rounding.logit for rounding in roundings]
     optimizer = torch.optim.Adam(parameters, lr=settings.lr)
     count = sum(p.numel() for p in parameters)
@@ -265,6 +301,8 @@ def _learn(
     quantizers = _quantizers_of(block)
     for number in range(settings.iterations):
         sample = samples[int(torch.randint(len(samples), ()))]
+        if (rest := len(sample.target) - size) > 0:
+            sample = sample.part(int(torch.randint(rest + 1, ())), size)
         with torch.enable_grad():
             for quantizer in quantizers:
                 quantizer.drop = settings.drop

@@ -78,6 +78,39 @@ def test_it_is_repeatable_and_leaves_no_trace(toy_vit: Make, images: Tensor) -> 
     assert torch.equal(*outputs)
 
 
+class Watched(nn.Module):
+    """A block that notes how much it is given, and looks at all entries together if it is told to."""
+
+    def __init__(self, block: nn.Module, together: bool) -> None:
+        super().__init__()
+        self.block, self.together, self.seen = block, together, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(len(x))
+        y: Tensor = self.block(x)
+        return y - y.mean(dim=0) if self.together else y
+
+
+@pytest.mark.parametrize('together', [False, True])
+def test_an_iteration_takes_a_few_entries_of_a_batch_where_the_block_treats_each_by_itself(
+    together: bool, toy_vit: Make, images: Tensor
+) -> None:
+    model = toy_vit(depth=1)
+    model.blocks[0] = Watched(model.blocks[0], together)
+    gplq.prepare(model, gplq.Recipe.reconstruct(3, 3), images[:2])
+    gplq.calibrate(model, [images])
+    model.blocks[0].seen.clear()
+    settings = gplq.Reconstruction(iterations=20, batch_size=4)
+    # The last batch is smaller than an iteration's.
+    gplq.quantize_weights(model, [images[:-2], images[-2:]], reconstruction=settings)
+    whole = len(images) - 2
+    learned = [size for size in model.blocks[0].seen if size != 2]
+    assert set(learned) == {whole, 4}
+    # The trial is one call; it is the only one where entries depend on one another.
+    assert (learned.count(4) == 1) == together
+    assert learned.count(whole) + learned.count(4) >= 10
+
+
 def test_models_without_a_divergence_count_all_outputs_alike(toy_vit: Make, images: Tensor) -> None:
     """One logit has no divergence from itself: its slope says nothing."""
     outputs = []
@@ -156,6 +189,8 @@ def test_a_journal_of_other_settings_is_not_gone_on_with(toy_vit: Make, images: 
 def test_what_is_refused(toy_vit: Make, images: Tensor) -> None:
     with pytest.raises(RecipeError, match='iterations=0'):
         gplq.Reconstruction(iterations=0)
+    with pytest.raises(RecipeError, match='batch_size=0'):
+        gplq.Reconstruction(batch_size=0)
     with pytest.raises(RecipeError, match='drop=1'):
         gplq.Reconstruction(drop=1)
     model = toy_vit()
