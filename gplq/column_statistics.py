@@ -65,6 +65,13 @@ class ColumnStatistics:
         return (self.total / max(self.count, 1)).float()
 
     @property
+    def covariance(self) -> Tensor | None:
+        """``(columns, columns)``, the sum of ``(x - mean) (x - mean)^T``; None where there is no ``gram``."""
+        if self.gram is None:
+            return None
+        return self.gram - torch.outer(self.total, self.total) / max(self.count, 1)
+
+    @property
     def mean_square(self) -> Tensor:
         """``(columns,)``."""
         return (self.squares / max(self.count, 1)).float()

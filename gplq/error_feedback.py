@@ -7,7 +7,15 @@ from torch import Tensor
 
 from gplq.weights import WeightScales, restore_weight, round_weight
 
-__all__ = ['round_with_feedback']
+__all__ = ['damped', 'round_with_feedback']
+
+
+def damped(gram: Tensor, damping: float = 0.01) -> Tensor:
+    """``gram`` in double precision with a share of its mean diagonal added to it; columns without energy have some."""
+    gram = gram.double().clone()
+    gram.diagonal()[gram.diagonal() <= 0] = 1.0
+    gram.diagonal().add_(damping * gram.diagonal().mean())
+    return gram
 
 
 @torch.no_grad()
@@ -31,12 +39,9 @@ def round_with_feedback(
         ``(rows, columns)`` on the grid.
     """
     rounded = weight.double().clone()
-    gram = gram.double().clone()
-    dead = gram.diagonal() <= 0
-    gram.diagonal()[dead] = 1.0
+    gram = damped(gram, damping)
     order = torch.argsort(gram.diagonal(), descending=True)
     rounded, gram = rounded[:, order], gram[order][:, order]
-    gram.diagonal().add_(damping * gram.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     factor = torch.linalg.cholesky(inverse, upper=True)
     columns = rounded.shape[1]

@@ -7,11 +7,12 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from gplq.errors import CalibrationError, StageError, TargetError
 from gplq.exported import exported_twin
-from gplq.files import write_bytes_atomically
+from gplq.files import check_writable, write_bytes_atomically
 from gplq.native_size import blank_images, native_size
 from gplq.onnx_graph import onnx_graph
 from gplq.record import Stage, record_of
@@ -39,8 +40,9 @@ def export(
     Args:
         model: after :func:`gplq.quantize_weights`, or from :func:`gplq.load`.
         path: of the file.
-        example_inputs: what the exported part takes, floating point; None makes blank images of the size that the part
-            says it is made for. How many there are matters with ``fixed_batch`` alone.
+        example_inputs: what the exported part takes, floating point, of which single precision is made; None makes
+            blank images of the size that the part says it is made for. How many there are matters with ``fixed_batch``
+            alone.
         part: name of the submodule to export, such as a detector's ``'backbone'``; all of it by default.
         fixed_batch: export for the number of samples in ``example_inputs`` alone, for models whose forward depends on
             it.
@@ -48,7 +50,7 @@ def export(
     Raises:
         StageError: if the weights are not quantized, or the ``onnx`` package is missing.
         TargetError: if there is no such part, a layer has no integer product, or the model cannot be traced.
-        CalibrationError: if there is no example and the part knows no image size.
+        CalibrationError: if there is no example and the part knows no image size, or the part does not take it.
         WriteError: if the file cannot be written.
     """
     record_of(model, Stage.QUANTIZED)
@@ -59,21 +61,47 @@ def export(
         raise StageError(f"export needs the package {error.name}: pip install '.[deploy]' in GPLQ's folder") from None
     if part and part not in dict(model.named_modules()):
         raise TargetError(f'{type(model).__name__} has no part {part!r} to export')
-    if example_inputs is None:
-        size = native_size(model.get_submodule(part))
-        example_inputs = () if size is None else blank_images(model.get_submodule(part), 2, size)
-    if not len(example_inputs):
-        raise CalibrationError(
-            f'{part or type(model).__name__} says no image size that it is made for: export needs example_inputs, a '
-            'batch of what it takes'
-        )
+    check_writable(path)
     twin = exported_twin(model)
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    graph = onnx_graph(twin.get_submodule(part), inputs, fixed_batch)
+    inputs = _examples(model.get_submodule(part), part or type(model).__name__, example_inputs)
+    exported = twin.get_submodule(part)
+    try:
+        with torch.no_grad():
+            exported(*inputs)
+    except Exception as error:  # a model raises anything
+        told = ' and '.join(str(tuple(x.shape)) for x in inputs)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(
+            f'{part or type(model).__name__} does not take example_inputs of {told} ({reason:.200}): give it a batch '
+            'as its forward pass does'
+        ) from error
+    graph = onnx_graph(exported, inputs, fixed_batch)
     _pack_weights(graph)
     onnx.helper.set_model_props(graph, {'gplq_recipe': json.dumps(record_of(model).plan.recipe.to_dict())})
     onnx.checker.check_model(graph)
     write_bytes_atomically(path, graph.SerializeToString())
+
+
+def _examples(module: nn.Module, name: str, given: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+    """What a module takes, in single precision; blank images where nothing is given."""
+    if given is None:
+        size = native_size(module)
+        if size is None:
+            raise CalibrationError(
+                f'{name} says no image size that it is made for: export needs example_inputs, a batch of what it takes'
+            )
+        given = blank_images(module, 2, size)
+    inputs = (given,) if isinstance(given, Tensor) else tuple(given) if isinstance(given, Sequence) else (given,)
+    for x in inputs:
+        if not (isinstance(x, Tensor) and x.is_floating_point() and x.numel()):
+            told = f'{x.dtype}, {tuple(x.shape)}' if isinstance(x, Tensor) else type(x).__name__
+            raise CalibrationError(
+                f'{name}: example_inputs has to be a tensor of floating-point numbers, or one for each argument, with '
+                f'a sample at least; got {told}'
+            )
+    if not inputs:
+        raise CalibrationError(f'{name}: example_inputs is empty; give a batch of what it takes')
+    return tuple(x.float() for x in inputs)
 
 
 def _pack_weights(graph: onnx.ModelProto) -> None:

@@ -31,12 +31,15 @@ _LARGEST_SIGNED = 32767 // (2 * 255)
 def exported_twin(model: nn.Module) -> nn.Module:
     """A copy of a quantized model in inference mode that computes what is exported, in torch or as ONNX operators.
 
+    It computes in single precision, whatever the model does: ONNX's operators for quantized values know no other that
+    both engines run.
+
     Raises:
         TargetError: if scales do not leave an integer product, see :func:`gplq.integer.integer_linear`.
     """
     twin = independent_copy(model).eval().requires_grad_(False)
     _stand_in(twin)
-    return twin
+    return twin.float()
 
 
 def codes_of(twin: nn.Module, *inputs: Tensor) -> list[Tensor]:
@@ -189,16 +192,23 @@ class _ExportedMap(LinearMap):
         x = self.coded(x)
         if self.patches:
             rows = _as_patches(x, self.patches)
-            return (_multiply(rows, self.matrix()) + constant).permute(0, 3, 1, 2)
+            return _multiply(rows, self.matrix(), constant).permute(0, 3, 1, 2)
         if self.matrix.codes.dim() == 4:
             return operation(x, self.matrix(), constant)
-        return _multiply(x, self.matrix()) + constant
+        return _multiply(x, self.matrix(), constant)
 
 
-def _multiply(x: Tensor, matrix: Tensor) -> Tensor:
-    # Not torch.matmul, which an attention around this map would take for one of its own products.
-    y: Tensor = torch.ops.aten.matmul.default(x, matrix)
-    return y
+def _multiply(x: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
+    """``x @ matrix + bias``, of an ``x`` of three axes or more, in operators that engines leave as they are."""
+    if not torch.compiler.is_exporting():
+        # Not torch.matmul, which an attention around this map would take for one of its own products.
+        y: Tensor = torch.ops.aten.matmul.default(x, matrix)
+        return y + bias
+    # As one operator: for a batch of a known size torch would make it a product of two plain matrices, and so would
+    # ONNX Runtime if it saw a bias of one axis behind it.
+    y = torch.onnx.ops.symbolic('MatMul', (x, matrix), dtype=x.dtype, shape=(*x.shape[:-1], matrix.shape[-1]))
+    known = all(isinstance(length, int) for length in x.shape)
+    return y + (bias.reshape(*[1] * (x.dim() - 1), -1) if known else bias)
 
 
 def _patches(owner: nn.Module) -> tuple[int, int] | None:
@@ -248,4 +258,4 @@ class _ExportedCompensation(nn.Module):
         self.register_buffer('bias', layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _multiply(self.coded(x), self.matrix()) + self.bias
+        return _multiply(self.coded(x), self.matrix(), self.bias)

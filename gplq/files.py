@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from gplq.errors import WriteError
 
-__all__ = ['remove_unfinished', 'write_atomically', 'write_bytes_atomically']
+__all__ = ['check_writable', 'remove_unfinished', 'write_atomically', 'write_bytes_atomically']
 
 
 _UNFINISHED = '.gplq-tmp'
@@ -21,6 +21,23 @@ def remove_unfinished(folder: str | os.PathLike[str]) -> None:
     """Remove what writers that were killed have left in a folder; no other may be at work in it."""
     for path in Path(folder).glob(f'.*{_UNFINISHED}'):
         path.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Find out before the work whether its result can be written; the file's folder is made if there is none.
+
+    Raises:
+        WriteError: ``path`` is a folder, or its folder cannot be made or written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise WriteError(f'{path} is a folder: give the name of a file in it')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise WriteError(f'{path} cannot be written ({error}): give another place') from error
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:

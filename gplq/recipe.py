@@ -31,7 +31,7 @@ WEIGHT_STAGE_FIELDS = frozenset(
 # Training of rounded weights can set out from a trained activation stage, too.
 WEIGHT_TRAINING_FIELDS = frozenset({'train_weights', 'trained_steps'})
 
-Rounding = Literal['feedback', 'nearest', 'reconstruct']
+Rounding = Literal['descent', 'feedback', 'nearest', 'reconstruct']
 WeightScheme = Literal['percentile', 'percentile_asymmetric', 'mse', 'min_max', 'searched']
 Compensation = Literal['none', 'qwt', 'ridge', 'erq', 'affine']
 TrainedSteps = Literal['lsq', 'norm', 'statistics']
@@ -78,8 +78,9 @@ class Recipe:
         weight_scheme: how weight scales are chosen, always one an output channel; ``'searched'`` takes those of
             :func:`gplq.search_scales`.
         rounding: ``'nearest'``, or ``'feedback'``: columns make up for the rounding of those before them (GPTQ), and
-            scales and biases are fitted to the inputs seen. Layers of more than 4,096 columns are rounded to nearest.
-            ``'reconstruct'``: learned block by block (:class:`gplq.Reconstruction`).
+            scales and biases are fitted to the inputs seen; ``'descent'``: then codes are chosen anew, a column at a
+            time, by what they do to inputs around their mean, which the bias sees to. Layers of more than 4,096 columns
+            are rounded to nearest. ``'reconstruct'``: learned block by block (:class:`gplq.Reconstruction`).
         compensation: what is fitted after the weights are rounded.
         compensation_bits: of the matrix that ``'qwt'`` adds to each block.
         calibration_samples: how many samples calibration and weight stage read at most.
@@ -105,7 +106,7 @@ class Recipe:
     train_weights: bool = False
     trained_steps: TrainedSteps = 'lsq'
     weight_scheme: WeightScheme = 'mse'
-    rounding: Rounding = 'feedback'
+    rounding: Rounding = 'descent'
     compensation: Compensation = 'none'
     compensation_bits: int = 8
     calibration_samples: int = 512
@@ -150,7 +151,7 @@ class Recipe:
     @property
     def uses_statistics(self) -> bool:
         """Whether the weight stage looks at the inputs of the weights."""
-        return self.rounding == 'feedback' and not self.train_weights
+        return self.rounding in ('descent', 'feedback') and not self.train_weights
 
     @property
     def reads_batches(self) -> bool:

@@ -133,7 +133,7 @@ def reconstruct_blocks(
                 raise
             raise StageError(
                 f'{name} or what follows it overwrites a tensor in place that its gradient needs (such as x += …), so '
-                "nothing can be learned through it: set rounding='feedback'"
+                "nothing can be learned through it: set rounding='descent'"
             ) from error
         _log.info('%s: error of the output %.3g as rounded to nearest, %.3g as learned', name, before, after)
         done |= {view.name for _, view in by_block[name]}

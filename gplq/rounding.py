@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gplq.column_statistics import ColumnStatistics
-from gplq.error_feedback import round_with_feedback
+from gplq.coordinate_descent import descend
+from gplq.error_feedback import damped, round_with_feedback
 from gplq.errors import StageError
 from gplq.journal import Journal
 from gplq.layers import WeightView
@@ -66,7 +67,8 @@ def round_view(
     exact = (view.matrix() if matrix is None else matrix).float().clone()
     column_scale = view.map.column_scale.expand(exact.shape[1])
     folded = exact * column_scale
-    importance = None if statistics is None else statistics.mean_square / column_scale.square()
+    moments, energy = _moments(recipe, statistics)
+    importance = None if energy is None else energy / column_scale.square()
     learned = quantizer.learning
     if learned:
         scales = quantizer.settle_learning(column_scale)
@@ -77,9 +79,11 @@ def round_view(
         scales = quantizer.scales if quantizer.proposed else choose_weight_scales(folded, bits, 'mse', importance)
     else:
         scales = choose_weight_scales(folded, bits, recipe.weight_scheme, importance)
-    if recipe.uses_statistics and statistics is not None and statistics.gram is not None:
-        gram = statistics.gram / torch.outer(column_scale, column_scale)
+    if moments is not None:
+        gram = moments / torch.outer(column_scale, column_scale)
         values = round_with_feedback(folded, scales, bits, gram)
+        if recipe.rounding == 'descent':
+            values = descend(folded, values, scales, bits, damped(gram))
     else:
         values = restore_weight(round_weight(folded, scales, bits), scales)
     rounded = quantizer.keep(values, column_scale, scales)
@@ -120,6 +124,22 @@ def weights_rounded(model: nn.Module, names: Callable[[str], bool] = lambda name
     finally:
         for view, matrix in exact:
             view.write(matrix)
+
+
+def _moments(recipe: Recipe, statistics: ColumnStatistics | None) -> tuple[Tensor | None, Tensor | None]:
+    """What the errors of columns together, and each column's by itself, are weighed by.
+
+    Errors that a constant input makes go into the bias, so descent leaves inputs' means out; GPTQ does not.
+    """
+    if statistics is None:
+        return None, None
+    if not recipe.uses_statistics or statistics.gram is None:
+        return None, statistics.mean_square
+    if recipe.rounding == 'feedback':
+        return statistics.gram, statistics.mean_square
+    covariance = statistics.covariance
+    assert covariance is not None
+    return covariance, (covariance.diagonal().clamp(min=0) / max(statistics.count, 1)).float()
 
 
 def _mean(view: WeightView, recipe: Recipe, statistics: ColumnStatistics | None, exact: Tensor) -> Tensor | None:

@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     '1 epoch': {'minimum_iterations': 0},
     'scales only': {'stage.lr': 0.0},
     'nearest': {'recipe.rounding': 'nearest'},
+    'feedback': {'recipe.rounding': 'feedback'},
     'reconstruct': {'recipe.rounding': 'reconstruct'},
     **{kind: {'recipe.compensation': kind} for kind in ('qwt', 'ridge', 'affine', 'erq')},
     "paper's weights": {

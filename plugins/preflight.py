@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ __all__ = ['PreflightError', 'preflight']
 
 # Hooks that start from a whole model and skip its initialization.
 _STAGES = {'ActivationQATHook', 'GPLQHook', 'PTQ4ViTHook', 'VariationAwareQATHook', 'WeightPTQHook'}
-# How the types of our own hooks begin.
+# How the types of our own classes begin.
 _OURS = 'gplq.plugins.'
+# What mmengine itself takes out of any of its configs.
+_ANYWHERE = {'type', 'priority', 'constructor', 'paramwise_cfg', '_scope_', '_delete_', '_base_'}
 
 
 class PreflightError(GPLQError):
@@ -34,6 +37,7 @@ def preflight(cfg: Config, splits: tuple[str, ...] = ('train', 'val')) -> None:
         PreflightError: the first thing that is missing.
         RecipeError: a setting of a hook is not supported.
     """
+    _check_settings(cfg._cfg_dict.to_dict(), '')
     for hook in _hooks(cfg):
         _check_hook(hook)
     for split in splits:
@@ -69,6 +73,50 @@ def _hooks(cfg: Config) -> list[dict]:
     return [hook for hook in hooks if isinstance(hook, dict)]
 
 
+def _check_settings(node: Any, place: str) -> None:
+    """Refuse names of classes and of settings that there are not, wherever a config names one of our classes."""
+    if isinstance(node, (list, tuple)):
+        for index, entry in enumerate(node):
+            _check_settings(entry, f'{place}[{index}]')
+    if not isinstance(node, dict):
+        return
+    kind = node.get('type')
+    if isinstance(kind, str) and kind.startswith(_OURS):
+        kind = _class_of(kind, place)
+    if isinstance(kind, type) and kind.__module__.startswith(_OURS):
+        _check_names(kind, set(node) - _ANYWHERE, place)
+    for name, value in node.items():
+        _check_settings(value, f'{place}.{name}' if place else name)
+
+
+def _class_of(name: str, place: str) -> Any:
+    found = get_object_from_string(name)
+    if found is None:
+        module, _, last = name.rpartition('.')
+        near = difflib.get_close_matches(last, getattr(get_object_from_string(module), '__all__', ()), n=1, cutoff=0)
+        meant = f'; did you mean {module}.{near[0]}?' if near else ''
+        raise PreflightError(f'there is no {name} ({place}.type){meant}')
+    return found
+
+
+def _check_names(kind: type, names: set[str], place: str) -> None:
+    known: set[str] = set()
+    for base in kind.__mro__:
+        own = vars(base).get('__init__')
+        parameters = inspect.signature(own).parameters.values() if own else ()
+        known |= {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)} - {'self'}
+        # What it does not pass on ends there.
+        if parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    else:
+        # The first of all takes anything.
+        return
+    for name in sorted(names - known):
+        near = difflib.get_close_matches(name, known, n=1)
+        meant = f'; did you mean {near[0]}?' if near else f'; it has {sorted(known)}'
+        raise PreflightError(f'{kind.__name__} has no setting {name} ({place}){meant}')
+
+
 def _check_hook(hook: dict) -> None:
     """Make one of ours for trial: the Runner would refuse its settings only after it has logged the whole config."""
     kind, settings = hook.get('type'), {name: value for name, value in hook.items() if name not in ('type', 'priority')}
@@ -86,7 +134,7 @@ def _check_dataset(dataset: dict, place: str) -> None:
     root = str(dataset.get('data_root') or '')
     if root and not _is_local(root, dataset):
         return
-    if root:
+    if root and not dataset.get('download'):
         _check_data(Path(root), 'data root', place, _source(dataset))
     if dataset.get('ann_file') and _is_local(dataset['ann_file'], dataset):
         _check_data(Path(root, dataset['ann_file']), 'annotation file', place)

@@ -1,7 +1,7 @@
 """Read the weights of a backbone from a detector's or a classifier's checkpoint."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,28 +56,44 @@ def fit_backbone_state(backbone: nn.Module, state: Mapping[str, Tensor], source:
     if inside:
         state = {name.removeprefix('backbone.'): state[name] for name in inside}
     fitted = {}
+    grid = getattr(getattr(backbone, 'patch_embed', None), 'grid_size', None)
     for name, wanted in backbone.state_dict().items():
         if name not in state and '.rel_pos_' in name:
             continue
         if name not in state:
             raise CheckpointError(f'{source} has no {name}; is it the checkpoint of another architecture?')
-        fitted[name] = _resized(name, state[name], wanted)
+        fitted[name] = _resized(name, state[name], wanted, grid)
         if fitted[name].shape != wanted.shape:
+            placed = 'pos' in name or 'attention_bias' in name
+            reason = 'such positions cannot be resized' if placed else 'is it the checkpoint of another architecture?'
             raise CheckpointError(
-                f'{source}: {name} has shape {tuple(state[name].shape)} and not {tuple(wanted.shape)}; '
-                'is it the checkpoint of another architecture?'
+                f'{source}: {name} has shape {tuple(state[name].shape)} and not {tuple(wanted.shape)}; {reason}'
             )
     return fitted
 
 
-def _resized(name: str, value: Tensor, wanted: Tensor) -> Tensor:
-    """Resize absolute or relative positions to `wanted`'s number; other tensors have no second size."""
-    if name.rpartition('.')[2] == 'pos_embed' and value.ndim == wanted.ndim == 3:
+def _resized(name: str, value: Tensor, wanted: Tensor, grid: Sequence[int] | None) -> Tensor:
+    """Resize absolute or relative positions to `wanted`'s number; other tensors have no second size.
+
+    Args:
+        name: of the tensor.
+        value: as it was read; absolute positions lie in a square.
+        wanted: the model's own.
+        grid: rows and columns of the model's positions, where it knows them; else a square.
+    """
+    if name.rpartition('.')[2] == 'pos_embed' and value.ndim == wanted.ndim == 3 and value.shape != wanted.shape:
         for tokens in _PREFIX_TOKENS:
-            old, new = (math.isqrt(max(tensor.shape[1] - tokens, 0)) for tensor in (value, wanted))
-            if (old * old + tokens, new * new + tokens) == (value.shape[1], wanted.shape[1]):
-                grid = resize_grid(value[:, tokens:].reshape(1, old, old, -1), new, new)
-                return torch.cat([value[:, :tokens], grid.flatten(1, 2)], dim=1)
+            old, side = (math.isqrt(max(tensor.shape[1] - tokens, 0)) for tensor in (value, wanted))
+            height, width = grid if grid is not None and grid[0] != grid[1] else (side, side)
+            if (old * old + tokens, height * width + tokens) == (value.shape[1], wanted.shape[1]):
+                resized = resize_grid(value[:, tokens:].reshape(1, old, old, -1), height, width)
+                return torch.cat([value[:, :tokens], resized.flatten(1, 2)], dim=1)
+    if name.rpartition('.')[2] == 'pos_embed' and value.ndim == wanted.ndim == 4:
+        # Rows and columns before the channels, or behind them.
+        if value.shape[-1] == wanted.shape[-1]:
+            return resize_grid(value, *wanted.shape[1:3])
+        if value.shape[1] == wanted.shape[1]:
+            return resize_grid(value.permute(0, 2, 3, 1), *wanted.shape[2:]).permute(0, 3, 1, 2).contiguous()
     if '.rel_pos_' in name and value.ndim == 2:
         return resize_table(value, wanted.shape[0])
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import timm
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from gplq.errors import RecipeError
 from gplq.plugins.pretrained import fit_backbone_state
 
-__all__ = ['BACKBONE', 'check_model_name', 'fit_timm_state', 'inside_backbone']
+__all__ = ['BACKBONE', 'check_model_name', 'fit_timm_state', 'inside_backbone', 'made_by_timm']
 
 # Of a detector's or classifier's backbone among its other parts.
 BACKBONE = 'backbone.'
@@ -28,6 +29,19 @@ def check_model_name(name: str, owner: str) -> None:
     if ':' not in name and not timm.is_model(name.split('.')[0]):
         near = timm.list_models(f'*{name.split("_")[0]}*')[:5]
         raise RecipeError(f'{owner}: timm {timm.__version__} has no model {name!r}; it has {near}')
+
+
+def made_by_timm(owner: str, name: str, **options: Any) -> nn.Module:
+    """A timm model.
+
+    Raises:
+        RecipeError: it does not take its options.
+    """
+    try:
+        return timm.create_model(name, **options)
+    except Exception as error:  # each of timm's models has checks of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RecipeError(f'{owner}: timm cannot make {name} with {options}: {reason:.200}') from error
 
 
 def inside_backbone(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gplq.errors import RecipeError
+
 __all__ = ['pretrained_source', 'type_name']
 
 
@@ -13,7 +15,13 @@ def type_name(of: Any) -> str:
 
 
 def pretrained_source(init_cfg: Any) -> str | None:
-    """The file of initial weights that an `init_cfg` names; None where it names none."""
-    if isinstance(init_cfg, dict) and type_name(init_cfg['type']) in ('Pretrained', 'PretrainedInit'):
+    """The file of initial weights that an `init_cfg` names; None where it is of another type.
+
+    Raises:
+        RecipeError: it is of this type and names none.
+    """
+    if isinstance(init_cfg, dict) and type_name(init_cfg.get('type')) in ('Pretrained', 'PretrainedInit'):
+        if not init_cfg.get('checkpoint'):
+            raise RecipeError("init_cfg=dict(type='Pretrained') names no file; add checkpoint=PATH")
         return str(init_cfg['checkpoint'])
     return None

@@ -24,7 +24,7 @@ EXAMPLE = """example:
       --methods rtn ptq4vit gptq gplq --bits W8A8 W4A4 W3A4 --seeds 0 1 2"""
 
 DEFAULT = ('rtn', 'ptq4vit', 'repq_vit', 'gptq', 'qwt', 'erq', 'reconstruct', 'gplq')
-STAGES = ('', 'nearest', 'reconstruct', 'qwt', 'ridge', 'affine', 'erq', "paper's weights")
+STAGES = ('', 'nearest', 'feedback', 'reconstruct', 'qwt', 'ridge', 'affine', 'erq', "paper's weights")
 
 
 def parse_args() -> argparse.Namespace:

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 import gplq
 from gplq.errors import CheckpointError, GPLQError
 from gplq.exported import codes_of, exported_twin
+from gplq.files import check_writable
 from gplq.onnx_graph import onnx_graph
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
 from gplq.plugins.engines import ENGINES, Engine, open_openvino, openvino_computes_bfloat16, with_codes
+from gplq.plugins.hooks.checkpoints import check_source
 from gplq.plugins.hooks.model import is_classifier, model_of
 from gplq.plugins.hooks.restore_hook import RestoreHook
 from gplq.plugins.paired_timing import WARM_UP, time_in_turn
@@ -66,13 +68,17 @@ def parse_args() -> argparse.Namespace:
 def load(args: argparse.Namespace) -> Runner:
     cfg = read_config(args)
     cfg.load_from = args.checkpoint
+    if not cfg.get('val_dataloader'):
+        raise GPLQError(f'{args.config} has no val_dataloader, on whose images the file is compared with the model')
     preflight(cfg, splits=('val',))
     # A worker that outlives the loop ends the process with a segmentation fault once OpenVINO was there.
     cfg.val_dataloader.update(num_workers=0, persistent_workers=False)
+    cfg.val_dataloader.pop('prefetch_factor', None)
     if args.fixed_batch:
         cfg.val_dataloader.batch_size = args.batch
     runner = Runner.from_cfg(cfg)
     runner.register_hook(RestoreHook())
+    check_source(runner)
     runner.load_or_resume()
     if not is_prepared(model_of(runner)):
         raise CheckpointError(f'{args.checkpoint} is not quantized: train it with the hook, or name gplq_w4a4.pth')
@@ -230,6 +236,8 @@ def main() -> None:
     for name, least in (('images', 1), ('rounds', 0), ('batch', 1), ('threads', 1)):
         if getattr(args, name) < least:
             raise GPLQError(f'--{name} {getattr(args, name)} must be at least {least}')
+    for path in filter(None, (args.output, args.rows)):
+        check_writable(path)
     runner = load(args)
     model = model_of(runner).cpu().eval()
     if not args.part and not is_classifier(model):

@@ -14,6 +14,7 @@ from mmengine.registry import MODELS, init_default_scope
 from gplq.errors import CheckpointError
 from gplq.files import write_atomically
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
+from gplq.record import is_prepared
 
 EXAMPLE = (
     'example: python tools/first_checkpoint.py configs/vit-mini_objects100.py work_dirs/vit-mini_objects100/fp32.pth'
@@ -41,6 +42,10 @@ def main() -> None:
         model.init_weights()
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f'{args.config}: {error}') from error
+    if is_prepared(model):
+        raise CheckpointError(
+            f'{args.config}: its init_cfg brings a quantized model, and load_from takes FP32 weights: name an FP32 file'
+        )
     write_atomically(args.output, lambda path: torch.save({'state_dict': model.state_dict()}, path))
     print(f'{len(model.state_dict())} tensors: {Path(args.output)}')
 

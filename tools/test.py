@@ -12,13 +12,18 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from gplq.errors import GPLQError
+from gplq.files import check_writable
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
+from gplq.plugins.hooks.data_hook import DataHook
 from gplq.plugins.hooks.model import model_of
 from gplq.plugins.hooks.restore_hook import RestoreHook
 from gplq.plugins.preflight import preflight
 from gplq.plugins.results import ResultRow, append_row, commit, file_sha256, repeat_command, versions
 from gplq.record import is_prepared
 from gplq.size import float_bytes
+
+# What rows are made of where nothing is said: a detector's figure or a classifier's.
+MAIN = ['bbox_mAP', 'top1']
 
 EXAMPLE = """example:
   python tools/test.py configs/mask_rcnn_vit-tiny_nuclei.py nuclei.pth --show-dir pictures"""
@@ -37,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--rows', metavar='FILE.jsonl', help='append a row of results for each of --metrics, if FP32')
     parser.add_argument('--benchmark', default='', help='name in these rows')
     parser.add_argument('--split', default='test', help='in these rows (default: test)')
-    parser.add_argument('--metrics', nargs='+', default=['bbox_mAP'], help='in these rows (default: bbox_mAP)')
+    parser.add_argument('--metrics', nargs='+', help='in these rows (default: bbox_mAP, of classifiers top1)')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds a window stays (default: 2)')
     return parser.parse_args()
 
@@ -68,7 +73,7 @@ def write_rows(args: argparse.Namespace, runner: Runner, found: dict[str, float]
     if is_prepared(model):
         raise GPLQError(f'--rows: {args.checkpoint} is quantized; tools/benchmark.py measures such models')
     values = {name.rpartition('/')[2]: value for name, value in found.items()}
-    for metric in args.metrics:
+    for metric in args.metrics or [name for name in MAIN if name in values] or MAIN[:1]:
         if metric not in values:
             raise GPLQError(f'--metrics {metric}: the evaluator gives {sorted(values)}')
         row = ResultRow(
@@ -100,12 +105,15 @@ def main() -> None:
         raise GPLQError('--rows needs --benchmark NAME')
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
         raise GPLQError(f'--out {args.out}: predictions are pickled, so the name must end in .pkl or .pickle')
+    for path in filter(None, (args.out, args.rows)):
+        check_writable(path)
     cfg = read_config(args)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         draw_predictions(cfg, args)
     preflight(cfg, splits=('test',))
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(DataHook())
     runner.register_hook(RestoreHook())
     if args.out:
         runner.test_evaluator.metrics.append(dump(cfg, args.out))

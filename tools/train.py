@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 
 from gplq.errors import GPLQError
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
+from gplq.plugins.hooks.data_hook import DataHook
 from gplq.plugins.hooks.restore_hook import RestoreHook
 from gplq.plugins.preflight import preflight
 
@@ -61,6 +62,7 @@ def main() -> None:
         cfg.load_from = None if args.resume == 'auto' else args.resume
     preflight(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(DataHook())
     runner.register_hook(RestoreHook())
     runner.train()
 

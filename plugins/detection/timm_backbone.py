@@ -11,12 +11,11 @@ from torch import Tensor, nn
 if importlib.util.find_spec('timm') is None:
     raise ImportError("TimmBackbone needs timm: pip install 'timm>=1.0'")
 
-import timm
 from timm.layers.format import Format
 
 from gplq.plugins.detection.layer_norm import LN2d
 from gplq.plugins.pretrained import read_state_dict
-from gplq.plugins.timm_weights import check_model_name, fit_timm_state
+from gplq.plugins.timm_weights import check_model_name, fit_timm_state, made_by_timm
 from gplq.plugins.type_name import pretrained_source
 
 __all__ = ['TimmBackbone']
@@ -50,7 +49,8 @@ class TimmBackbone(BaseModule):
     ) -> None:
         super().__init__(init_cfg=init_cfg)
         check_model_name(model_name, 'TimmBackbone')
-        model: Any = timm.create_model(
+        model: Any = made_by_timm(
+            'TimmBackbone',
             model_name,
             pretrained=pretrained,
             features_only=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import timm
 import torch
@@ -19,9 +19,10 @@ from torch.nn import functional as F
 import gplq
 from gplq.errors import CheckpointError, DataError, RecipeError, StageError
 from gplq.plugins.pretrained import read_state_dict
-from gplq.plugins.timm_weights import BACKBONE, check_model_name, fit_timm_state
+from gplq.plugins.timm_weights import BACKBONE, check_model_name, fit_timm_state, made_by_timm
 from gplq.plugins.type_name import pretrained_source
 from gplq.record import forget
+from gplq.typecheck import check_types
 
 __all__ = ['TimmClassifier']
 
@@ -31,7 +32,7 @@ class TimmClassifier(BaseModel):
 
     Models with another head (two for distillation, a hidden layer) can have a fresh one; loading theirs is refused.
 
-    Images (N, 3, H, W), normalized by the pipeline, -> logits (N, num_classes).
+    Images (N, channels, H, W), normalized by the pipeline, -> logits (N, num_classes).
 
     Args:
         model_name: as `timm.create_model` takes it.
@@ -46,6 +47,9 @@ class TimmClassifier(BaseModel):
             a file; the head is left fresh if it is of another number of classes, or `frozen`.
             `dict(type='Quantized', checkpoint=PATH)` takes the backbone of a classifier that `gplq.save` wrote, whose
             weights are final, so `frozen` goes with it.
+
+    Raises:
+        RecipeError: timm has no such model, or a setting is of the wrong type or outside of its range.
     """
 
     def __init__(
@@ -61,24 +65,43 @@ class TimmClassifier(BaseModel):
         data_preprocessor: dict[str, Any] | nn.Module | None = None,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(data_preprocessor=data_preprocessor or ImgDataPreprocessor(), init_cfg=init_cfg)
+        settings = dict(
+            model_name=model_name,
+            num_classes=num_classes,
+            pretrained=pretrained,
+            model_args=model_args,
+            drop_rate=drop_rate,
+            label_smoothing=label_smoothing,
+            mixup=mixup,
+            frozen=frozen,
+        )
+        check_types(settings, get_type_hints(TimmClassifier.__init__), 'TimmClassifier: ')
         check_model_name(model_name, 'TimmClassifier')
         if num_classes < 1:
             raise RecipeError(f'TimmClassifier: num_classes={num_classes} must be at least 1')
+        for name, share in (('drop_rate', drop_rate), ('label_smoothing', label_smoothing)):
+            if not 0 <= share < 1:
+                raise RecipeError(f'TimmClassifier: {name}={share} must be in [0, 1)')
         if 'num_classes' in (model_args or {}):
             raise RecipeError('TimmClassifier: num_classes is an argument of its own, leave it out of model_args')
-        backbone: Any = timm.create_model(model_name, num_classes=0, **(model_args or {}))
+        super().__init__(data_preprocessor=data_preprocessor or ImgDataPreprocessor(), init_cfg=init_cfg)
+        self.num_classes = num_classes
+        backbone: Any = made_by_timm('TimmClassifier', model_name, num_classes=0, **(model_args or {}))
         self.backbone = backbone
         self.model_name, self.pretrained, self.model_args = model_name, pretrained, dict(model_args or {})
         # What the backbone is made for, which the hooks run it on.
-        backbone.img_size = _input_size(backbone)
+        backbone.img_size = _input_size(backbone, self.model_args)
+        self._one_size = bool(getattr(getattr(backbone, 'patch_embed', None), 'strict_img_size', False))
         self.dropout = nn.Dropout(drop_rate)
         self.head = nn.Linear(getattr(backbone, 'head_hidden_size', None) or backbone.num_features, num_classes)
         self.label_smoothing = label_smoothing
         self.mixup = None
         if mixup is not None:
             options = {'label_smoothing': label_smoothing, 'num_classes': num_classes, **mixup}
-            self.mixup = Mixup(**options)
+            try:
+                self.mixup = Mixup(**options)
+            except (TypeError, ValueError, AssertionError) as error:
+                raise RecipeError(f'TimmClassifier: timm does not take mixup={mixup}: {error}') from error
         self.frozen = frozen
         if frozen:
             self.backbone.requires_grad_(False)
@@ -90,7 +113,7 @@ class TimmClassifier(BaseModel):
             if self.pretrained:
                 self._take(self._fetched(), f'{self.model_name} of timm')
             return
-        if isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Quantized':
+        if isinstance(self.init_cfg, dict) and self.init_cfg.get('type') == 'Quantized':
             if 'checkpoint' not in self.init_cfg:
                 raise RecipeError("TimmClassifier: init_cfg=dict(type='Quantized') names no file; add checkpoint=PATH")
             self._take_quantized(self.init_cfg['checkpoint'])
@@ -122,7 +145,7 @@ class TimmClassifier(BaseModel):
                 )
         self.backbone.load_state_dict(fit_timm_state(self.backbone, state, source))
         # Probes of several backbones differ in these alone.
-        head = None if self.frozen else self._head_in(state)
+        head = None if self.frozen else self._head_in(state, source)
         if head is not None:
             self.head.load_state_dict(head)
             if not any(name.startswith(BACKBONE) for name in state):
@@ -143,6 +166,12 @@ class TimmClassifier(BaseModel):
         """Pooled features (N, C); features that come from a cache pass."""
         if inputs.ndim == 2:
             return inputs
+        if self._one_size and tuple(inputs.shape[-2:]) != self.backbone.img_size:
+            size = tuple(inputs.shape[-2:])
+            raise DataError(
+                f'TimmClassifier: images are {size} in height and width and {self.model_name} is made for '
+                f'{self.backbone.img_size}: set model_args=dict(img_size={size}), or resize in the pipeline'
+            )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features: Tensor = self.backbone(inputs)
         return features
@@ -209,16 +238,20 @@ class TimmClassifier(BaseModel):
         """
         whole = timm.create_model(self.model_name, num_classes=self.head.out_features, **self.model_args)
         whole.load_state_dict(fit_timm_state(whole, state, source))
-        image = torch.linspace(-1, 1, 3 * math.prod(self.backbone.img_size)).reshape(1, 3, *self.backbone.img_size)
+        shape = 1, int(self.model_args.get('in_chans', 3)), *self.backbone.img_size
+        image = torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
         training = self.training
         with torch.no_grad():
             ours, theirs = self.eval().cpu()(image), whole.eval()(image)
         self.train(training)
         if not torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3):
-            raise CheckpointError(
-                f'TimmClassifier: the head of {self.model_name} is more than one Linear on pooled features, so '
-                f'{source} would lose some of it; take a model with a plain head, or train a fresh one (num_classes)'
-            )
+            raise self._other_head(source)
+
+    def _other_head(self, source: str) -> CheckpointError:
+        return CheckpointError(
+            f'TimmClassifier: the head of {self.model_name} is more than one Linear on pooled features, so '
+            f'{source} would lose some of it; take a model with a plain head, or train a fresh one (num_classes)'
+        )
 
     def _take_quantized(self, path: str) -> None:
         if not self.frozen:
@@ -231,8 +264,12 @@ class TimmClassifier(BaseModel):
         forget(self, 'head')
         print_log(f'TimmClassifier: quantized backbone from {path}, head fresh', logger='current')
 
-    def _head_in(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """Weight and bias of the head, where the file has one of these classes."""
+    def _head_in(self, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor] | None:
+        """Weight and bias of the head, where the file has one of these classes.
+
+        Raises:
+            CheckpointError: what the file has for these classes is no such head.
+        """
         backbone: Any = self.backbone
         classifier = backbone.pretrained_cfg.get('classifier', 'head')
         names = [classifier] if isinstance(classifier, str) else list(classifier)
@@ -240,6 +277,9 @@ class TimmClassifier(BaseModel):
             found = {part: state.get(f'{name}.{part}') for part in ('weight', 'bias')}
             if all(tensor is not None and tensor.shape == getattr(self.head, n).shape for n, tensor in found.items()):
                 return {part: tensor for part, tensor in found.items() if tensor is not None}
+        # A head on several vectors of features, say.
+        if any(len(state[f'{n}.weight']) == self.num_classes for n in names if f'{n}.weight' in state):
+            raise self._other_head(source)
         return None
 
 
@@ -254,8 +294,9 @@ def _classes_in(path: str) -> int:
         raise CheckpointError(f'{path} holds no quantized TimmClassifier ({error})') from None
 
 
-def _input_size(model: nn.Module) -> tuple[int, int]:
+def _input_size(model: nn.Module, model_args: Mapping[str, Any]) -> tuple[int, int]:
     """Height and width that the model is made for."""
     patches = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
-    size = patches or model.pretrained_cfg['input_size'][1:]  # type: ignore[index]
-    return int(size[0]), int(size[1])
+    size = patches or model_args.get('img_size') or model.pretrained_cfg['input_size'][1:]  # type: ignore[index]
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)

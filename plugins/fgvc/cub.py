@@ -58,7 +58,7 @@ class CUBDataset(ImageDataset):
         paths = _table(root / 'images.txt')
         labels = _table(root / 'image_class_labels.txt')
         boxes = _table(root / 'bounding_boxes.txt') if self.crop else {}
-        chosen = self._chosen(root)
+        chosen = self._chosen(root, paths)
         samples = []
         for number in sorted(chosen, key=int):
             if number not in paths or number not in labels:
@@ -74,7 +74,7 @@ class CUBDataset(ImageDataset):
             samples.append(sample)
         return samples
 
-    def _chosen(self, root: Path) -> list[str]:
+    def _chosen(self, root: Path, paths: Mapping[str, str]) -> list[str]:
         held = _table(root / 'train_test_split.txt')
         named = _table(root / self.split_file) if self.split_file else {}
         if self.split in named.values():
@@ -86,6 +86,12 @@ class CUBDataset(ImageDataset):
         if wrong:
             raise DataError(
                 f'{root}: train_test_split.txt has {wrong[0]!r}, where the image is 1 for train or 0 for test'
+            )
+        without = sorted(set(paths) - set(held), key=int)
+        if without:
+            raise DataError(
+                f'{root}: train_test_split.txt says nothing of {len(without)} of {len(paths)} images, such as number '
+                f'{without[0]}; {HOW}'
             )
         return [number for number, flag in held.items() if flag == str(int(self.split == 'train'))]
 

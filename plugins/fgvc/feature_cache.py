@@ -14,7 +14,7 @@ import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import ImgDataPreprocessor
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.utils import track_iter_progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -72,13 +72,20 @@ class FeatureCacheHook(Hook):
         """Put loaders of features in place of those of images.
 
         Raises:
-            DataError: if the backbone is trained, images are mixed, or a pipeline draws random numbers.
+            DataError: if the backbone is trained, images are mixed, a pipeline draws random numbers, or training does
+                not go by epochs.
         """
         model = model_of(runner)
         if not getattr(model, 'frozen', False):
             raise DataError('FeatureCacheHook: the backbone is trained, so its features change: set frozen=True')
         if getattr(model, 'mixup', None) is not None:
             raise DataError('FeatureCacheHook: mixed images have features of their own: set mixup=None')
+        if not isinstance(runner.train_loop, EpochBasedTrainLoop):
+            # Others have begun to read images by now.
+            raise DataError(
+                f'FeatureCacheHook: {type(runner.train_loop).__name__} draws its batches before features are there: '
+                "set train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=…)"
+            )
         for loop in (runner.train_loop, runner.val_loop):
             if loop is not None:
                 self._loaders.append((loop, loop.dataloader))
@@ -147,13 +154,21 @@ def _first(images: Any) -> dict[str, Tensor]:
 def _key(model: Any, images: Any) -> str:
     about = [images.get_data_info(index) for index in range(len(images))]
     files = [(entry.st_size, entry.st_mtime_ns) for entry in (os.stat(one['img_path']) for one in about)]
-    steps = [f'{type(step).__name__} {vars(step)}' for step in images.pipeline.transforms]
+    steps = [f'{type(step).__name__} {vars(step)}' for pipeline in _pipelines(images) for step in pipeline.transforms]
     told = [str(model.backbone), model.model_name, repr(model.model_args), str(vars(model.data_preprocessor))]
     plan = describe(model) if is_prepared(model) else {}
     text = json.dumps([about, files, steps, told, plan, versions()], default=str)
     # Addresses of functions differ from run to run.
     # Some transforms do not tell all of their settings, so images have their say, too.
     return fingerprint({**model.backbone.state_dict(), **_first(images)}, re.sub(' at 0x[0-9a-f]+', '', text))
+
+
+def _pipelines(images: Any) -> list[Any]:
+    """The pipelines of a data set, or of all within a wrapper such as ConcatDataset or RepeatDataset."""
+    inner = getattr(images, 'datasets', None) or [getattr(images, 'dataset', None)]
+    if inner[0] is None:
+        return [images.pipeline]
+    return [pipeline for one in inner for pipeline in _pipelines(one)]
 
 
 def _run(model: Any, batches: DataLoader) -> Tensor:

@@ -49,6 +49,10 @@ class ImageDataset(BaseDataset):
             raise DataError(f'{type(self).__name__}: no image is left of {self.data_root or "its list"}')
         return samples
 
+    def get_cat_ids(self, idx: int) -> list[int]:
+        """Classes of an image, by which mmengine's ClassBalancedDataset weighs it."""
+        return [int(self.get_data_info(idx)['gt_label'])]
+
 
 def _decodes(path: str) -> bool:
     try:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.logging import print_log
 
-from gplq.errors import DataError
+from gplq.errors import DataError, RecipeError
+from gplq.files import check_writable, write_bytes_atomically
 
 __all__ = ['ClassificationMetric']
 
@@ -24,6 +24,10 @@ class ClassificationMetric(BaseMetric):
         topk: `top1`, `top5`, …; no more than there are classes.
         confused: how many pairs (true class, class found) are logged.
         outfile: a JSON file for what was found in each image, by its path: class, label and whether they agree.
+
+    Raises:
+        RecipeError: `topk` holds no numbers.
+        WriteError: `outfile` cannot be written.
     """
 
     def __init__(
@@ -34,6 +38,10 @@ class ClassificationMetric(BaseMetric):
         collect_device: str = 'cpu',
         prefix: str | None = None,
     ) -> None:
+        if not topk or not all(isinstance(k, int) and not isinstance(k, bool) and k > 0 for k in topk):
+            raise RecipeError(f'ClassificationMetric: topk={topk!r} must be a list of numbers of at least 1, such as 1')
+        if outfile is not None:
+            check_writable(outfile)
         super().__init__(collect_device=collect_device, prefix=prefix)
         self.topk = tuple(topk)
         self.confused = confused
@@ -63,8 +71,7 @@ class ClassificationMetric(BaseMetric):
         self._tell_confused(results)
         if self.outfile is not None:
             found = {path: {'found': best[0], 'label': label} for best, label, path in results}
-            Path(self.outfile).parent.mkdir(parents=True, exist_ok=True)
-            Path(self.outfile).write_text(json.dumps(found), encoding='utf-8')
+            write_bytes_atomically(self.outfile, json.dumps(found).encode())
         return metrics
 
     def _tell_confused(self, results: list[tuple[list[int], int, str]]) -> None:

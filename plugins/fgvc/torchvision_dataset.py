@@ -107,9 +107,10 @@ class TorchvisionDataset(ImageDataset):
             arguments.setdefault('allow_empty', True)
         elif split is not None:
             arguments['split'] = split
-        foreign = sorted(set(options) - set(known))
+        free = set(known) - {'root', 'split', 'download', 'loader', 'transform', 'target_transform', 'transforms'}
+        foreign = sorted(set(options) - free)
         if foreign:
-            raise RecipeError(f'TorchvisionDataset: {self.name} has no option {foreign}; known are {sorted(known)}')
+            raise RecipeError(f'TorchvisionDataset: {self.name} has no option {foreign}; known are {sorted(free)}')
         if 'download' in known:
             arguments['download'] = download
         if self.name != 'OxfordIIITPet':

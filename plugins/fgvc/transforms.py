@@ -63,10 +63,17 @@ class TimmTransform:
 
     Args:
         options: its own, such as `input_size`, `is_training`, `crop_pct`, `auto_augment`.
+
+    Raises:
+        RecipeError: timm does not take them.
     """
 
     def __init__(self, **options: Any) -> None:
-        self.transform = create_transform(**options)
+        try:
+            self.transform = create_transform(**options)
+        except Exception as error:  # its parsers of settings raise anything
+            reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+            raise RecipeError(f'TimmTransform: timm does not take {options}: {reason:.200}') from error
 
     def __call__(self, results: Results) -> Results:
         return {**results, 'img': self.transform(results['img'])}

@@ -44,6 +44,11 @@ class RestoreHook(Hook):
             return
         model = model_of(runner)
         if quantization_of(checkpoint) is None:
+            if is_prepared(model):
+                raise CheckpointError(
+                    f'the checkpoint ({runner._load_from}) holds an FP32 model, whose weights would replace the '
+                    "rounded ones that the model's init_cfg has brought: leave out load_from, or init_cfg"
+                )
             # Training may well start from a part of a model, such as one of other classes.
             if not trains(runner):
                 check_keys(model, checkpoint, str(runner._load_from))

@@ -14,7 +14,8 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
 from gplq.activation_stage import learning_rates, parameter_groups, stage_iterations
-from gplq.errors import DataError, RecipeError
+from gplq.errors import RecipeError
+from gplq.plugins.hooks.data_hook import check_batches
 from gplq.plugins.hooks.model import model_of
 from gplq.plugins.hooks.settings import HookSettings
 from gplq.record import scale_parameters
@@ -79,12 +80,7 @@ def _set_length(runner: Runner, settings: HookSettings) -> list[Change]:
     if isinstance(getattr(loop.dataloader.batch_sampler, 'sampler', None), InfiniteSampler):
         # Its length is that of all the data; a rank reads its share.
         epoch = math.ceil(epoch / get_world_size())
-    if epoch == 0:
-        samples, batch = len(loop.dataloader.dataset), loop.dataloader.batch_size
-        raise DataError(
-            f'the training data gives no batch: {samples} samples on this rank are less than a batch of {batch}, and '
-            'train_dataloader.drop_last=True drops them; lower batch_size or set drop_last=False'
-        )
+    check_batches(loop.dataloader)
     before = f'{loop.max_iters} iterations'
     by_epoch = not isinstance(loop, IterBasedTrainLoop)
     validation = f'every {loop.val_interval} {"epochs" if by_epoch else "iterations"}'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import gplq
-from gplq.errors import CalibrationError, StageError, TargetError
+from gplq.errors import CalibrationError, StageError, TargetError, WriteError
 from gplq.exported import exported_twin
 
 onnx = pytest.importorskip('onnx')
@@ -200,6 +201,68 @@ def test_without_an_example(quantized: Callable[..., nn.Module], images: Tensor,
     gplq.export(model, tmp_path / 'model.onnx')
     with torch.no_grad():
         assert torch.allclose(Session(tmp_path / 'model.onnx')(images[:3]), model(images[:3]), atol=1e-4)
+
+
+@pytest.mark.parametrize('count', [1, 2, 8])
+def test_a_batch_of_one_size_runs_on_integers_too(
+    quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path, count: int
+) -> None:
+    model = quantized('w4a4')
+    gplq.export(model, tmp_path / 'model.onnx', images[:count], fixed_batch=True)
+    session = Session(tmp_path / 'model.onnx')
+    assert session.operations['MatMulIntegerToFloat'] == 2 + 2 * (4 + 2)
+    assert not {'MatMul', 'Gemm', 'Conv', 'DequantizeLinear'} & set(session.operations)
+    with torch.no_grad():
+        assert torch.allclose(session(images[:count]), exported_twin(model)(images[:count]), atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_files_compute_in_single_precision(
+    toy_vit: Callable[..., nn.Module], images: Tensor, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = toy_vit().to(dtype)
+    gplq.prepare(model, 'w4a4', images[:2].to(dtype))
+    gplq.calibrate(model, [images.to(dtype)])
+    gplq.quantize_weights(model, [images.to(dtype)])
+    gplq.export(model, tmp_path / 'model.onnx', images[:2].to(dtype))
+    session = Session(tmp_path / 'model.onnx')
+    assert session.operations['MatMulIntegerToFloat'] == 2 + 2 * (4 + 2)
+    with torch.no_grad():
+        expected = model(images.to(dtype)).float()
+    assert next(model.parameters()).dtype == dtype
+    # A code that bfloat16 moves to its neighbor is a step of 4 bits.
+    assert float((session(images) - expected).norm() / expected.norm()) < (0.2 if dtype == torch.bfloat16 else 1e-3)
+
+
+@pytest.mark.parametrize(
+    ('example', 'told'),
+    [
+        (lambda x: x.byte(), r'floating-point numbers.*got torch.uint8, \(2, 3'),
+        (lambda x: x[:0], 'with a sample at least'),
+        (lambda x: x.numpy(), 'got ndarray'),
+        (lambda x: [], 'is empty'),
+        (lambda x: 7, 'got int'),
+        (lambda x: x[:, :2], r'ToyViT does not take example_inputs of \(2, 2, '),
+        (lambda x: (x, x.float()), r'does not take example_inputs of \(2, 3.* and \(2, 3'),
+    ],
+)
+def test_examples_that_the_model_does_not_take(
+    quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path, example: Callable[[Tensor], Any], told: str
+) -> None:
+    with pytest.raises(CalibrationError, match=told):
+        gplq.export(quantized('w4a4'), tmp_path / 'model.onnx', example(images[:2]))
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_model_is_traced(
+    quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quantized('w4a4')
+    monkeypatch.setattr(import_module('gplq.export'), 'onnx_graph', lambda *_: pytest.fail('traced'))
+    with pytest.raises(WriteError, match='is a folder'):
+        gplq.export(model, tmp_path, images[:2])
+    (tmp_path / 'file').touch()
+    with pytest.raises(WriteError, match='model.onnx cannot be written'):
+        gplq.export(model, tmp_path / 'file' / 'model.onnx', images[:2])
 
 
 def test_what_cannot_be_exported(

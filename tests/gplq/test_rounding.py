@@ -64,15 +64,28 @@ def test_importance_is_that_of_folded_columns() -> None:
     assert rounded(view) == pytest.approx([0.05, 0.5], abs=0.011)
 
 
-@pytest.mark.parametrize('recipe', [NEAREST, NEAREST.replace(rounding='feedback')], ids=['nearest', 'feedback'])
-def test_the_mean_output_stays(recipe: gplq.Recipe) -> None:
+@pytest.mark.parametrize('rounding', ['nearest', 'feedback', 'descent'])
+def test_the_mean_output_stays(rounding: str) -> None:
     view = view_of([1.0, 0.5, -0.3])
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([3.0, 1.0, -2.0])
     before = (x @ view.matrix().t()).mean()
-    round_view(view, recipe, statistics_of(x.tolist()))
+    round_view(view, NEAREST.replace(rounding=rounding), statistics_of(x.tolist()))
     y = view.map.run(nn.functional.linear, x, view.owner.weight, None)  # type: ignore[arg-type]
     assert float(view.map.bias_correction.abs()) > 0.01
     assert float(y.detach().mean()) == pytest.approx(float(before), abs=1e-5)
+
+
+def test_descent_has_less_error_around_the_mean_than_feedback() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 24, generator=generator) @ torch.randn(24, 24, generator=generator) + 5
+    errors = []
+    for rounding in ('nearest', 'feedback', 'descent'):
+        weight = torch.randn(24, generator=torch.Generator().manual_seed(1))
+        view = view_of(weight.tolist())
+        round_view(view, NEAREST.replace(rounding=rounding), statistics_of(x.tolist()))
+        y = view.map.run(nn.functional.linear, x, view.owner.weight, None)  # type: ignore[arg-type]
+        errors.append(float((y.detach()[:, 0] - x @ weight).square().mean()))
+    assert errors[2] < 0.8 * errors[1] < errors[0]
 
 
 def test_the_correction_by_hand() -> None:

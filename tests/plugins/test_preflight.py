@@ -140,5 +140,52 @@ def test_settings_of_our_hooks_are_read_before_the_run(root: Path, kind: object)
 def test_a_misspelled_hook_of_ours_is_named(root: Path) -> None:
     cfg = config(root)
     cfg.custom_hooks = [dict(type='gplq.plugins.GPLQhook')]
-    with pytest.raises(PreflightError, match=r'no hook gplq\.plugins\.GPLQhook; did you mean gplq\.plugins\.GPLQHook'):
+    with pytest.raises(PreflightError, match=r'no gplq\.plugins\.GPLQhook .*; did you mean gplq\.plugins\.GPLQHook'):
         preflight(cfg)
+
+
+CLASSIFIER = dict(type='gplq.plugins.fgvc.TimmClassifier', model_name='vit_tiny_patch16_224', num_classes=3)
+BIRDS = dict(type='gplq.plugins.fgvc.CUBDataset', corrupt='skip', lazy_init=True, test_mode=True)
+CROP = dict(type='gplq.plugins.fgvc.LoadImage', margin=0.1)
+
+
+@pytest.mark.parametrize(
+    ('change', 'told'),
+    [
+        (
+            {'model': {**CLASSIFIER, 'lable_smoothing': 0.1}},
+            r'no setting lable_smoothing \(model\); did you mean label_',
+        ),
+        (
+            {'model': {**CLASSIFIER, 'type': 'gplq.plugins.fgvc.TimmClasifier'}},
+            r'mean gplq.plugins.fgvc.TimmClassifier\?',
+        ),
+        ({'model': {**CLASSIFIER, 'type': 'gplq.plugins.fgcv.TimmClassifier'}}, r'no gplq.plugins.fgcv.TimmClassifier'),
+        ({'dataset': {**BIRDS, 'splitt': 'dev'}}, r'no setting splitt \(train_dataloader.dataset.dataset\); .* split'),
+        ({'dataset': {**BIRDS, 'pipeline': [{**CROP, 'margins': 1}]}}, r'LoadImage .*dataset.pipeline\[0\]\).* margin'),
+        ({'dataset': {**BIRDS, 'pipeline': [{**CROP, 'x': 1}]}}, r"no setting x .*; it has \['margin'\]"),
+    ],
+)
+def test_names_that_our_classes_do_not_know(root: Path, change: dict[str, dict], told: str) -> None:
+    cfg = config(root)
+    cfg.model = change.get('model', CLASSIFIER)
+    # Wrapped as well, and with what its base classes take.
+    cfg.train_dataloader.dataset.dataset = {**change.get('dataset', BIRDS), 'data_root': str(root / 'data')}
+    with pytest.raises(PreflightError, match=told):
+        preflight(cfg)
+
+
+def test_names_that_our_classes_or_mmengine_know(root: Path) -> None:
+    cfg = config(root)
+    cfg.model = dict(CLASSIFIER, init_cfg=None, data_preprocessor=dict(type='ImgDataPreprocessor'))
+    cfg.train_dataloader.dataset.dataset = dict(BIRDS, pipeline=[CROP], data_root=str(root / 'data'))
+    wrapper = dict(type='gplq.plugins.amp.BFloat16OptimWrapper', optimizer=dict(type='AdamW'), paramwise_cfg={})
+    cfg.optim_wrapper = dict(wrapper, clip_grad=None, constructor='DefaultOptimWrapperConstructor')
+    preflight(cfg)
+
+
+def test_what_is_to_be_downloaded_need_not_be_there(root: Path) -> None:
+    cfg = config(root)
+    food = dict(type='gplq.plugins.fgvc.TorchvisionDataset', name='Food101', data_root='none', download=True)
+    cfg.train_dataloader.dataset = food
+    preflight(cfg)

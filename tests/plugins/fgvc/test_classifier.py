@@ -104,6 +104,52 @@ def test_a_head_of_several_parts_is_refused_and_a_fresh_one_taken(name: str, tmp
     TimmClassifier(name, num_classes=7, init_cfg=init_cfg).init_weights()
 
 
+def test_a_head_on_two_vectors_of_features_is_refused(tmp_path: Path) -> None:
+    save_file(timm.create_model('crossvit_tiny_240', num_classes=5).state_dict(), tmp_path / 'model.safetensors')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'model.safetensors'))
+    with pytest.raises(CheckpointError, match='head of crossvit_tiny_240 is more than one Linear'):
+        TimmClassifier('crossvit_tiny_240', num_classes=5, init_cfg=init_cfg).init_weights()
+
+
+@pytest.mark.parametrize(
+    ('name', 'settings', 'size'),
+    [
+        ('vit_tiny_patch16_224', VIT, (32, 32)),
+        ('vit_tiny_patch16_224', {**VIT, 'img_size': (32, 64)}, (32, 64)),
+        # No patch embedding that knows it.
+        ('maxvit_rmlp_pico_rw_256', dict(img_size=64), (64, 64)),
+        ('mobilenetv3_small_050', {}, (224, 224)),
+    ],
+)
+def test_the_size_that_a_model_is_made_for(name: str, settings: dict[str, Any], size: tuple[int, int]) -> None:
+    assert TimmClassifier(name, num_classes=2, model_args=settings).backbone.img_size == size
+
+
+def test_weights_for_other_channels_and_other_shapes_of_images(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    grey = {**VIT, 'in_chans': 1}
+    classifier = timm.create_model('vit_tiny_patch16_224', num_classes=5, **grey)
+    save_file(classifier.state_dict(), tmp_path / 'model.safetensors')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'model.safetensors'))
+    model = TimmClassifier('vit_tiny_patch16_224', 5, model_args={**grey, 'img_size': (32, 64)}, init_cfg=init_cfg)
+    model.init_weights()
+    assert tuple(model(torch.rand(1, 1, 32, 64)).shape) == (1, 5)
+    # The class token's stays; a row of positions is stretched as it is by itself.
+    ours, own = model.backbone.pos_embed, classifier.pos_embed
+    assert torch.equal(ours[:, 0], own[:, 0])
+    grid = own[:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
+    expected = F.interpolate(grid, size=(4, 8), mode='bicubic').permute(0, 2, 3, 1).reshape(1, 32, 24)
+    assert torch.allclose(ours[:, 1:], expected, atol=1e-6)
+
+
+def test_images_of_another_size_are_told_with_what_to_set() -> None:
+    model = TimmClassifier('vit_tiny_patch16_224', num_classes=5, model_args=VIT)
+    with pytest.raises(DataError, match=r'images are \(32, 48\).*made for \(32, 32\): set model_args=dict\(img_size='):
+        model(torch.rand(1, 3, 32, 48))
+    free = TimmClassifier('vit_tiny_patch16_224', num_classes=5, model_args={**VIT, 'dynamic_img_size': True})
+    assert tuple(free(torch.rand(1, 3, 32, 48)).shape) == (1, 5)
+
+
 def test_features_that_pass_a_hidden_layer() -> None:
     model = TimmClassifier('mobilenetv3_small_050', num_classes=5)
     assert tuple(model(torch.rand(2, 3, 32, 32)).shape) == (2, 5)
@@ -119,6 +165,13 @@ def test_unknown_model_is_named() -> None:
     [
         (dict(num_classes=0), 'num_classes=0 must be at least 1'),
         (dict(num_classes=2, model_args=dict(num_classes=2)), 'num_classes is an argument of its own'),
+        (dict(num_classes='two'), "TimmClassifier: num_classes must be an integer, got 'two'"),
+        (dict(num_classes=2.5), 'num_classes must be an integer, got 2.5'),
+        (dict(num_classes=2, model_args=[1]), r'model_args must be a dict or None, got \[1\]'),
+        (dict(num_classes=2, drop_rate=2.0), r'drop_rate=2.0 must be in \[0, 1\)'),
+        (dict(num_classes=2, label_smoothing=1.0), r'label_smoothing=1.0 must be in \[0, 1\)'),
+        (dict(num_classes=2, mixup=dict(mixup_alpa=1.0)), "timm does not take mixup={'mixup_alpa': 1.0}: .*mixup_alpa"),
+        (dict(num_classes=2, model_args=dict(imgsize=32)), 'timm cannot make mobilenetv3_small_050 with .*imgsize'),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
@@ -144,8 +197,9 @@ def test_weights_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     broken = dict(type='Pretrained', checkpoint=str(tmp_path / 'nan.pth'))
     with pytest.raises(CheckpointError, match=r'nan.pth: backbone.conv_stem.weight holds NaN or infinite values'):
         TimmClassifier('mobilenetv3_small_050', num_classes=5, init_cfg=broken).init_weights()
-    with pytest.raises(RecipeError, match=r"init_cfg=dict\(type='Quantized'\) names no file"):
-        TimmClassifier('mobilenetv3_small_050', 5, frozen=True, init_cfg=dict(type='Quantized')).init_weights()
+    for kind in ('Quantized', 'Pretrained'):
+        with pytest.raises(RecipeError, match=rf"init_cfg=dict\(type='{kind}'\) names no file"):
+            TimmClassifier('mobilenetv3_small_050', 5, frozen=True, init_cfg=dict(type=kind)).init_weights()
 
     def offline(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError('no route\nto host')

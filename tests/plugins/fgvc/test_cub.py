@@ -80,6 +80,13 @@ def test_corrupt_images_are_named_or_left_out_and_counted(cub_root: Path, capsys
         CUBDataset(str(cub_root), corrupt='ignore')
 
 
+def test_a_list_of_splits_that_was_cut_off(cub_root: Path) -> None:
+    path = cub_root / 'train_test_split.txt'
+    path.write_text('\n'.join(path.read_text().splitlines()[:5]))
+    with pytest.raises(DataError, match='says nothing of 7 of 12 images, such as number 6; CUB-200-2011 comes from'):
+        CUBDataset(str(cub_root))
+
+
 @pytest.mark.parametrize(
     ('file', 'line', 'message'),
     [

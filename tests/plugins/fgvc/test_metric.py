@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gplq.errors import DataError
+from gplq.errors import DataError, RecipeError, WriteError
 from gplq.plugins.fgvc import ClassificationMetric
 
 # Three classes; what is found, in order of score, and the label. Right: 1 of 3 of class 0, 1 of 1 of class 2.
@@ -31,6 +31,19 @@ def test_accuracies_in_percent_over_images_and_over_classes(tmp_path: Path) -> N
     )
     found = json.loads((tmp_path / 'found' / 'test.json').read_text())
     assert found['1.jpg'] == {'found': 1, 'label': 0} and found['3.jpg'] == {'found': 2, 'label': 2}
+
+
+@pytest.mark.parametrize('topk', [[], [0], [-1], [1.5], [True], ['1']])
+def test_numbers_of_guesses_that_cannot_be(topk: list[object]) -> None:
+    with pytest.raises(RecipeError, match=r'topk=\[.*\] must be a list of numbers of at least 1'):
+        ClassificationMetric(topk=topk)
+
+
+def test_a_file_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / 'file').touch()
+    for name, told in (('.', 'is a folder'), ('file/x.json', 'x.json cannot be written')):
+        with pytest.raises(WriteError, match=told):
+            ClassificationMetric(outfile=str(tmp_path / name))
 
 
 def test_nan_is_no_guess() -> None:

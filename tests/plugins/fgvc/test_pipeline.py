@@ -19,6 +19,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 from gplq.errors import CheckpointError, DataError, StageError
+from gplq.plugins.hooks.data_hook import DataHook
 from gplq.plugins.hooks.restore_hook import RestoreHook
 from gplq.plugins.results import read_rows
 from gplq.record import record_of
@@ -189,6 +190,58 @@ def test_a_probe_on_cached_features_is_the_probe_on_images(
     assert len(list((tmp_path / 'features').iterdir())) == 2, 'one file for training, one for validation'
 
 
+@pytest.mark.parametrize('wrapper', ['RepeatDataset', 'ConcatDataset', 'ClassBalancedDataset'])
+def test_a_probe_on_cached_features_of_a_data_set_in_another(
+    probe: Callable[..., Config], make_config: Callable[..., Config], wrapper: str
+) -> None:
+    init_cfg = dict(type='Pretrained', checkpoint=make_config().load_from)
+    heads = []
+    for cached in (False, True):
+        config = probe(f'{wrapper}{cached}', init_cfg, cached=cached)
+        inner = config.train_dataloader.dataset
+        more = dict(datasets=[inner, inner]) if wrapper == 'ConcatDataset' else dict(dataset=inner)
+        more |= {'RepeatDataset': dict(times=2), 'ClassBalancedDataset': dict(oversample_thr=0.5)}.get(wrapper, {})
+        config.train_dataloader.dataset = dict(type=wrapper, **more)
+        heads.append(trained(config).model.head.weight)
+    assert torch.allclose(*heads, atol=1e-5)
+
+
+def test_data_and_weights_that_do_not_fit_are_told_before_training(
+    probe: Callable[..., Config], make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    init_cfg = dict(type='Pretrained', checkpoint=make_config().load_from)
+
+    def refused(error: type[Exception], told: str, **change: Any) -> None:
+        config = probe('refused', init_cfg)
+        config.merge_from_dict(change)
+        runner = Runner.from_cfg(config)
+        runner.register_hook(DataHook())
+        with pytest.raises(error, match=told):
+            runner.train()
+        assert runner.iter == 0
+
+    refused(
+        DataError, 'gives no batch: 6 samples', **{'train_dataloader.batch_size': 7, 'train_dataloader.drop_last': True}
+    )
+    refused(
+        DataError, 'train_dataloader has 3 classes.*num_classes=2: set model.num_classes=3', **{'model.num_classes': 2}
+    )
+    # Images of another size than the model's.
+    refused(DataError, r'images are \(16, 16\).* made for \(8, 8\).*img_size', **{'model.model_args.img_size': 8})
+    quantized = Runner.from_cfg(make_config())
+    quantized.train()
+    artifact = json.loads((Path(quantized.work_dir) / 'gplq.json').read_text())[-1]['artifact']
+    config = probe('mixture', dict(type='Quantized', checkpoint=artifact))
+    config.load_from = init_cfg['checkpoint']
+    with pytest.raises(CheckpointError, match='holds an FP32 model, whose weights would replace the rounded ones'):
+        trained(config)
+    config.dump(tmp_path / 'probe.py')
+    command = [sys.executable, TOOLS / 'first_checkpoint.py', tmp_path / 'probe.py', tmp_path / 'first.pth']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and 'brings a quantized model' in done.stderr, done.stderr
+    assert not (tmp_path / 'first.pth').exists()
+
+
 def test_a_probe_on_a_quantized_backbone_and_its_checkpoint(
     probe: Callable[..., Config], make_config: Callable[..., Config]
 ) -> None:
@@ -247,6 +300,10 @@ def test_what_a_probe_cannot_be(
     config = probe('trained', init_cfg, cached=True)
     config.model.frozen = False
     with pytest.raises(DataError, match='set frozen=True'):
+        trained(config)
+    config = probe('iterations', init_cfg, cached=True)
+    config.train_cfg = dict(type='IterBasedTrainLoop', max_iters=3, val_interval=3)
+    with pytest.raises(DataError, match='IterBasedTrainLoop draws its batches before .*EpochBasedTrainLoop'):
         trained(config)
     config = probe('thawed', dict(type='Quantized', checkpoint='w4a4.safetensors'))
     config.model.frozen = False

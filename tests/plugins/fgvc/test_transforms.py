@@ -23,6 +23,15 @@ def test_timms_evaluation_normalizes() -> None:
     assert torch.allclose(found[:, 5, 7], (1 - torch.tensor(MEAN)) / torch.tensor(STD), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    'options',
+    [dict(inputsize=32), dict(input_size=32, interpolation='bicubc'), dict(is_training=True, auto_augment='x')],
+)
+def test_what_timm_does_not_take(options: dict[str, object]) -> None:
+    with pytest.raises(RecipeError, match=f'TimmTransform: timm does not take .*{list(options)[-1]}'):
+        TimmTransform(**options)
+
+
 def test_torchvisions_transforms_by_name() -> None:
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
     step = TorchvisionTransform([dict(type='CenterCrop', size=2), dict(type='PILToTensor')])
