@@ -49,4 +49,7 @@ def test_the_backbone_of_a_detector(tiny_detector_config: Path, tmp_path: Path) 
 
     done = run(ROOT / 'tools/export.py', tiny_detector_config, 'work_dirs/tiny/epoch_1.pth', 'no.onnx', cwd=tmp_path)
     assert done.returncode == 2 and 'is not quantized' in done.stderr
+    (tmp_path / 'text.pth').write_text('no checkpoint')
+    done = run(ROOT / 'tools/export.py', tiny_detector_config, 'text.pth', 'no.onnx', cwd=tmp_path)
+    assert done.returncode == 2 and 'text.pth' in done.stderr and 'Traceback' not in done.stderr, done.stderr
     assert not (tmp_path / 'no.onnx').exists()

@@ -104,6 +104,8 @@ def test_mmdets_own_train_program_takes_our_configs(tiny_detector_config: Path, 
         (TEST, ['none.pth'], 'checkpoint none.pth (load_from) does not exist'),
         (TEST, ['none.pth', '--rows', 'rows.jsonl'], '--rows needs --benchmark NAME'),
         (TEST, ['none.pth', '--out', 'predictions.txt'], '--out predictions.txt: predictions are pickled'),
+        (TEST, ['none.pth', '--out', '/dev/null/x.pkl'], '/dev/null/x.pkl cannot be written'),
+        (TEST, ['none.pth', '--rows', '.', '--benchmark', 'b'], '. is a folder: give the name of a file in it'),
     ],
 )
 def test_what_is_missing_is_one_line(
