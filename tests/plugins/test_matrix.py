@@ -75,8 +75,8 @@ def test_plot_is_a_picture(make_runs: Callable[..., list[Run]], rows: Rows, tmp_
 def test_settings_are_where_a_method_differs(tmp_path: Path) -> None:
     config = tmp_path / 'a.py'
     config.write_text("default_hooks = dict(gplq=dict(type='gplq.plugins.GPLQHook', weight_bits=4, mimicking=2.0))")
-    gptq = {'linear_input': 'tensor', 'input_offset': False, 'attention_map': 'uniform', 'equalize': False}
-    assert settings_of(str(config), 'gptq', {}) == gptq
+    rtn = {'linear_input': 'tensor', 'input_offset': False, 'attention_map': 'uniform', 'equalize': False}
+    assert settings_of(str(config), 'gptq', {}) == {**rtn, 'rounding': 'feedback'}
     assert settings_of(str(config), 'rtn', {})['rounding'] == 'nearest'
     ours = settings_of(str(config), 'gplq', {'default_hooks.gplq.recipe.clips': '[1.0]', 'x': 'text'})
     assert (ours['clips'], ours['stage.mimicking_weight']) == ((1.0,), 2.0)

@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 import gplq
-from gplq.errors import CheckpointError
+from gplq.errors import CheckpointError, RecipeError
 from gplq.plugins.bootstrap import top1_of
 from gplq.plugins.fgvc.probe import Probe, plan_probes, probe
 from gplq.plugins.results import ResultError, ResultRow, file_sha256, read_rows
@@ -231,7 +231,7 @@ def test_what_cannot_be_probed_is_refused_before_anything_is_trained(
     refused(ResultError, 'other.py has load_from or resume', config=config(CONFIG + "load_from = 'x.pth'"))
     refused(ResultError, 'has default_hooks.gplq', config=config(CONFIG + 'default_hooks = dict(gplq=dict())'))
     refused(ResultError, 'cannot be built: KeyError', config=config("model = dict(type='Nothing', frozen=True)"))
-    refused(ResultError, 'cannot be built: TypeError', config=config(CONFIG.replace('depth=2', 'deep=2')))
+    refused(RecipeError, "timm cannot make .*'deep'", config=config(CONFIG.replace('depth=2', 'deep=2')))
     assert calls() == []
     monkeypatch.chdir('tools')
     with pytest.raises(ResultError, match="start this program from the repository's folder"):
