@@ -29,9 +29,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         WriteError: ``path`` is a folder, or its folder cannot be made or written.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise WriteError(f'{path} is a folder: give the name of a file in it')
+    path = _file(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -50,9 +48,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None])
     Raises:
         WriteError: ``path`` is a folder, the disk is full or the folder cannot be written; what was there before stays.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise WriteError(f'{path} is a folder: give the name of a file in it')
+    path = _file(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix=_UNFINISHED)
@@ -81,6 +77,13 @@ def write_bytes_atomically(path: str | os.PathLike[str], content: bytes) -> None
         Path(temporary).write_bytes(content)
 
     write_atomically(path, write)
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise WriteError(f'{path} is a folder: give the name of a file in it')
+    return path
 
 
 def _force_to_disk(path: str | os.PathLike[str]) -> None:

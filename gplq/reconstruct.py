@@ -255,10 +255,8 @@ def _fit(
         torch.manual_seed(settings.seed)
         before = sum(float(error(s, hard=True)) for s in samples) / len(samples)
         longest = max(samples, key=lambda s: len(s.target))
-        size = settings.batch_size
-        _learn(
-            block, roundings, samples, error, size if _divides(run, longest, size) else len(longest.target), settings
-        )
+        divides = _divides(run, longest, settings.batch_size)
+        _learn(block, roundings, samples, error, settings.batch_size if divides else len(longest.target), settings)
         after = sum(float(error(s, hard=True)) for s in samples) / len(samples)
     if not after < before:
         # Too few iterations can leave it worse than where it began.

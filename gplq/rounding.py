@@ -133,12 +133,13 @@ def _moments(recipe: Recipe, statistics: ColumnStatistics | None) -> tuple[Tenso
     """
     if statistics is None:
         return None, None
-    if not recipe.uses_statistics or statistics.gram is None:
+    if not recipe.uses_statistics:
         return None, statistics.mean_square
     if recipe.rounding == 'feedback':
         return statistics.gram, statistics.mean_square
     covariance = statistics.covariance
-    assert covariance is not None
+    if covariance is None:
+        return None, statistics.mean_square
     return covariance, (covariance.diagonal().clamp(min=0) / max(statistics.count, 1)).float()
 
 
