@@ -88,6 +88,7 @@ class _Coded(nn.Module):
         self.quantizer = quantizer
         self.bounds = (quantizer.spec.qmin, quantizer.spec.qmax)
         self.folded = not isinstance(quantizer, RowQuantizer) and bool((quantizer.scale == 1).all())
+        # As a constant: an engine's exponential of its logarithm may differ in the last bit.
         self.register_buffer('scale', quantizer.scale.detach())
         self.register_buffer('offset', None if quantizer.offset is None else quantizer.offset.detach())
         self.register_buffer('zero_point', torch.tensor(-self.bounds[0], dtype=_CODES))
@@ -95,12 +96,18 @@ class _Coded(nn.Module):
         # Sees the codes of every call outside of an export.
         self.watcher: Callable[[Tensor], None] | None = None
 
+    def scale_of(self, x: Tensor) -> Tensor:
+        """What the codes of ``x`` are multiplied by, to broadcast against it."""
+        scale = self.quantizer.over(self.scale, x.shape[0])
+        return scale * self.quantizer.units(x) if isinstance(self.quantizer, RowQuantizer) else scale
+
     def forward(self, x: Tensor) -> Tensor:
         split = self.quantizer.split_heads(x)
-        scale = _wide(self.scale, split)
+        # OpenVINO makes a division by a constant a product with its reciprocal, which may differ in the last bit.
+        per_unit = _wide(self.scale.reciprocal(), split)
         if isinstance(self.quantizer, RowQuantizer):
-            scale = scale * self.quantizer.units(split)
-        steps = split if self.folded else split / scale
+            per_unit = per_unit / self.quantizer.units(split)
+        steps = split if self.folded else split * per_unit
         if self.offset is not None:
             steps = steps - self.offset
         steps = steps.clamp(*self.bounds)
@@ -145,10 +152,14 @@ class _Matrix(nn.Module):
         self.register_buffer('zero_point', zeros.to(dtype))
         self.axis = axis
 
+    def multiply(self, operation: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+        """``operation(x, values)`` as an engine computes it: exactly on codes, the scale behind it."""
+        zeros = self.zero_point.double().reshape([-1 if axis == self.axis else 1 for axis in range(self.codes.dim())])
+        y = operation(x.double(), self.codes.double() - zeros).float()
+        return y * (self.scale if self.axis else self.scale[:, None, None])
+
     def forward(self) -> Tensor:
-        if not torch.compiler.is_exporting():
-            shape = [-1 if axis == self.axis else 1 for axis in range(self.codes.dim())]
-            return (self.codes.float() - self.zero_point.float().reshape(shape)) * self.scale.reshape(shape)
+        """As operators of ONNX."""
         values: Tensor = torch.onnx.ops.symbolic(
             'DequantizeLinear',
             (self.codes, self.scale, self.zero_point),
@@ -192,21 +203,28 @@ class _ExportedMap(LinearMap):
         x = self.coded(x)
         if self.patches:
             rows = _as_patches(x, self.patches)
-            return _multiply(rows, self.matrix(), constant).permute(0, 3, 1, 2)
+            return _multiply(rows, self.matrix, constant).permute(0, 3, 1, 2)
         if self.matrix.codes.dim() == 4:
+            return self._convolve(operation, x, constant)
+        return _multiply(x, self.matrix, constant)
+
+    def _convolve(
+        self, operation: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, constant: Tensor
+    ) -> Tensor:
+        if torch.compiler.is_exporting():
             return operation(x, self.matrix(), constant)
-        return _multiply(x, self.matrix(), constant)
+        return self.matrix.multiply(lambda x, kernel: operation(x, kernel, None), x) + constant[:, None, None]
 
 
-def _multiply(x: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
+def _multiply(x: Tensor, matrix: _Matrix, bias: Tensor) -> Tensor:
     """``x @ matrix + bias``, of an ``x`` of three axes or more, in operators that engines leave as they are."""
     if not torch.compiler.is_exporting():
         # Not torch.matmul, which an attention around this map would take for one of its own products.
-        y: Tensor = torch.ops.aten.matmul.default(x, matrix)
-        return y + bias
+        return matrix.multiply(torch.ops.aten.matmul.default, x) + bias
     # As one operator: for a batch of a known size torch would make it a product of two plain matrices, and so would
     # ONNX Runtime if it saw a bias of one axis behind it.
-    y = torch.onnx.ops.symbolic('MatMul', (x, matrix), dtype=x.dtype, shape=(*x.shape[:-1], matrix.shape[-1]))
+    shape = (*x.shape[:-1], matrix.codes.shape[-1])
+    y: Tensor = torch.onnx.ops.symbolic('MatMul', (x, matrix()), dtype=x.dtype, shape=shape)
     known = all(isinstance(length, int) for length in x.shape)
     return y + (bias.reshape(*[1] * (x.dim() - 1), -1) if known else bias)
 
@@ -244,8 +262,7 @@ class _ExportedProduct(QuantizedProduct):
 
     def forward(self, left: Tensor, right: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         y = multiply(self.left(left), self.right(right))
-        first, second = (q.scale_of(x) for q, x in zip(self.operands, (left, right), strict=True))
-        return y * _wide((first * second).detach(), y)
+        return y * _wide(self.left.scale_of(left) * self.right.scale_of(right), y)
 
 
 class _ExportedCompensation(nn.Module):
@@ -258,4 +275,4 @@ class _ExportedCompensation(nn.Module):
         self.register_buffer('bias', layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _multiply(self.coded(x), self.matrix(), self.bias)
+        return _multiply(self.coded(x), self.matrix, self.bias)

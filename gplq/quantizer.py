@@ -88,7 +88,7 @@ class Quantizer(SinglePrecision):
 
     def scale_over(self, batch: int) -> Tensor:
         """The scale for a leading axis of length ``batch``: repeated where heads are merged into that axis."""
-        return self._over(self.scale, batch)
+        return self.over(self.scale, batch)
 
     def scale_of(self, x: Tensor) -> Tensor:
         """What the codes of ``x`` are multiplied by, to broadcast against it."""
@@ -98,7 +98,8 @@ class Quantizer(SinglePrecision):
         """The same against what :meth:`split_heads` makes of it."""
         return self.scale
 
-    def _over(self, of_scale: Tensor, batch: int) -> Tensor:
+    def over(self, of_scale: Tensor, batch: int) -> Tensor:
+        """What has the scale's shape, for a leading axis of length ``batch``; see :meth:`scale_over`."""
         return of_scale.repeat(batch // self.merged_heads, 1, 1) if self.merged_heads else of_scale
 
     def grid(self, x: Tensor) -> Grid:

@@ -115,7 +115,7 @@ class TwoPartQuantizer(Quantizer):
     def parts(self, x: Tensor) -> tuple[Part, Part]:
         split = self.split_heads(x.to(self.scale.dtype))
         found = parts_of(split, TwoPartScale(self.scale.detach(), self.shift.round().clamp(0, MAX_SHIFT)), self.spec)
-        first, second = (Part(part.codes.reshape(x.shape), self._over(part.factor, len(x))) for part in found)
+        first, second = (Part(part.codes.reshape(x.shape), self.over(part.factor, len(x))) for part in found)
         return first, second
 
     def set_shift(self, shift: Tensor) -> None:

@@ -58,6 +58,21 @@ def test_every_product_runs_on_integers(
     assert torch.allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize('bits', [4, 8])
+def test_sums_of_codes_are_the_same_to_the_last_bit(bits: int, tmp_path: Path) -> None:
+    """PyTorch adds values as exactly as an engine adds integers, or codes at a tie would differ between them."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 5, 48)
+    layer = nn.Sequential(nn.Linear(48, 96)).eval()
+    gplq.prepare(layer, f'w{bits}a{bits}', x[:2])
+    gplq.calibrate(layer, [x])
+    gplq.quantize_weights(layer, [x])
+    path = tmp_path / 'model.onnx'
+    gplq.export(layer, path, x[:2])
+    with torch.no_grad():
+        assert torch.equal(Session(path)(x), exported_twin(layer)(x))
+
+
 @pytest.mark.parametrize(
     'recipe',
     [
