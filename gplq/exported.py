@@ -135,11 +135,14 @@ class _Matrix(nn.Module):
     """Values of a rounded weight, read from its codes; one scale and zero point along ``axis``.
 
     Codes without zero point are signed bytes, if no machine can be wrong about them, else unsigned ones around 128.
+    Those with a zero point, which OpenVINO multiplies in floating point, are left in steps, so that it adds whole
+    numbers there, and their scale follows the product.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
+    steps: Tensor
 
     def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> None:
         super().__init__()
@@ -150,19 +153,27 @@ class _Matrix(nn.Module):
         self.register_buffer('codes', codes.to(dtype).contiguous())
         self.register_buffer('scale', scale)
         self.register_buffer('zero_point', zeros.to(dtype))
+        self.in_steps = zero_point is not None
+        self.register_buffer('steps', torch.ones_like(scale) if self.in_steps else scale)
         self.axis = axis
 
     def multiply(self, operation: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
         """``operation(x, values)`` as an engine computes it: exactly on codes, the scale behind it."""
+        if torch.compiler.is_exporting():
+            y = operation(x, self._values())
+            return y * self._along() if self.in_steps else y
         zeros = self.zero_point.double().reshape([-1 if axis == self.axis else 1 for axis in range(self.codes.dim())])
         y = operation(x.double(), self.codes.double() - zeros).float()
-        return y * (self.scale if self.axis else self.scale[:, None, None])
+        return y * self._along()
 
-    def forward(self) -> Tensor:
-        """As operators of ONNX."""
+    def _along(self) -> Tensor:
+        """The scale, to broadcast against a result: along its last axis, or before two axes of positions."""
+        return self.scale if self.axis else self.scale[:, None, None]
+
+    def _values(self) -> Tensor:
         values: Tensor = torch.onnx.ops.symbolic(
             'DequantizeLinear',
-            (self.codes, self.scale, self.zero_point),
+            (self.codes, self.steps, self.zero_point),
             {'axis': self.axis},
             dtype=torch.float32,
             shape=self.codes.shape,
@@ -205,28 +216,27 @@ class _ExportedMap(LinearMap):
             rows = _as_patches(x, self.patches)
             return _multiply(rows, self.matrix, constant).permute(0, 3, 1, 2)
         if self.matrix.codes.dim() == 4:
-            return self._convolve(operation, x, constant)
+            return self.matrix.multiply(lambda x, kernel: operation(x, kernel, None), x) + constant[:, None, None]
         return _multiply(x, self.matrix, constant)
-
-    def _convolve(
-        self, operation: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, constant: Tensor
-    ) -> Tensor:
-        if torch.compiler.is_exporting():
-            return operation(x, self.matrix(), constant)
-        return self.matrix.multiply(lambda x, kernel: operation(x, kernel, None), x) + constant[:, None, None]
 
 
 def _multiply(x: Tensor, matrix: _Matrix, bias: Tensor) -> Tensor:
     """``x @ matrix + bias``, of an ``x`` of three axes or more, in operators that engines leave as they are."""
-    if not torch.compiler.is_exporting():
-        # Not torch.matmul, which an attention around this map would take for one of its own products.
-        return matrix.multiply(torch.ops.aten.matmul.default, x) + bias
-    # As one operator: for a batch of a known size torch would make it a product of two plain matrices, and so would
-    # ONNX Runtime if it saw a bias of one axis behind it.
-    shape = (*x.shape[:-1], matrix.codes.shape[-1])
-    y: Tensor = torch.onnx.ops.symbolic('MatMul', (x, matrix()), dtype=x.dtype, shape=shape)
-    known = all(isinstance(length, int) for length in x.shape)
+    y = matrix.multiply(_product, x)
+    # ONNX Runtime would make a product of two plain matrices of one with a bias of one axis behind it.
+    known = torch.compiler.is_exporting() and all(isinstance(length, int) for length in x.shape)
     return y + (bias.reshape(*[1] * (x.dim() - 1), -1) if known else bias)
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    # As one operator: for a batch of a known size torch would make it a product of two plain matrices. In PyTorch not
+    # torch.matmul, which an attention around this map would take for one of its own products.
+    y: Tensor = (
+        torch.onnx.ops.symbolic('MatMul', (x, matrix), dtype=x.dtype, shape=(*x.shape[:-1], matrix.shape[-1]))
+        if torch.compiler.is_exporting()
+        else torch.ops.aten.matmul.default(x, matrix)
+    )
+    return y
 
 
 def _patches(owner: nn.Module) -> tuple[int, int] | None:

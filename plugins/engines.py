@@ -17,6 +17,8 @@ __all__ = ['ENGINES', 'Engine', 'open_onnxruntime', 'open_openvino', 'openvino_c
 
 Array = NDArray[np.generic]
 
+_BYTES = {'u8', 'i8'}
+
 
 class Engine(NamedTuple):
     """An engine with a file loaded.
@@ -65,10 +67,10 @@ def open_onnxruntime(path: Path, threads: int = 1) -> Engine:
 
 
 def open_openvino(path: Path, threads: int = 1, precision: str = 'f32') -> Engine:
-    """OpenVINO; the precisions of products are those of its runtime graph.
+    """OpenVINO; a product is on integers where its runtime graph has bytes on both sides of it.
 
-    Products that it fuses into a kernel of its own, as those of an attention on processors without VNNI, are not in
-    that graph; they have the kernel's precision.
+    (The precision that it gives for a layer is that of its weights.) Products that it fuses into a kernel of its own,
+    as those of an attention on processors without VNNI, are not in that graph; they have the kernel's precision.
 
     Args:
         path: of the file.
@@ -85,15 +87,18 @@ def open_openvino(path: Path, threads: int = 1, precision: str = 'f32') -> Engin
         compiled = openvino.Core().compile_model(str(path), 'CPU', settings)
     except RuntimeError as error:
         raise CheckpointError(f'OpenVINO cannot load {path}: {error}') from None
-    information = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ordered_ops()]
-    layers = [(i['layerType'].value, i['runtimePrecision'].value) for i in information]
-    products = [precision for kind, precision in layers if kind in ('FullyConnected', 'MatMul', 'Convolution')]
+    products, kernels = [], set()
+    for operation in compiled.get_runtime_model().get_ordered_ops():
+        information = operation.get_rt_info()
+        if information['layerType'].value in ('FullyConnected', 'MatMul', 'Convolution'):
+            products.append({side.get_element_type().get_type_name() for side in operation.inputs()[:2]} <= _BYTES)
+        elif information['layerType'].value == 'Subgraph':
+            kernels.add(information['runtimePrecision'].value)
     every = sum(
         node.op_type in ('MatMul', 'Gemm', 'Conv') for node in onnx.load(path, load_external_data=False).graph.node
     )
-    kernels = {precision for kind, precision in layers if kind == 'Subgraph'}
-    products += (every - len(products)) * ['u8' if kernels and kernels <= {'u8', 'i8'} else 'f32']
-    integer = sum(precision in ('u8', 'i8') for precision in products)
+    products += (every - len(products)) * [bool(kernels) and kernels <= _BYTES]
+    integer = sum(products)
     return Engine(
         f'OpenVINO {openvino.__version__.partition("-")[0]}',
         lambda images: list(compiled(images).values()),
