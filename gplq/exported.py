@@ -96,17 +96,21 @@ class _Coded(nn.Module):
         # Sees the codes of every call outside of an export.
         self.watcher: Callable[[Tensor], None] | None = None
 
-    def scale_of(self, x: Tensor) -> Tensor:
-        """What the codes of ``x`` are multiplied by, to broadcast against it."""
-        scale = self.quantizer.over(self.scale, x.shape[0])
-        return scale * self.quantizer.units(x) if isinstance(self.quantizer, RowQuantizer) else scale
+    def scale_over(self, batch: int) -> Tensor:
+        """The constant that codes are multiplied by, beside their rows' units, for a leading axis of ``batch``."""
+        return self.quantizer.over(self.scale, batch)
+
+    def units(self, x: Tensor) -> Tensor | None:
+        """What the rows' codes of ``x`` are multiplied by as well, where they have units of their own."""
+        return self.quantizer.units(x) if isinstance(self.quantizer, RowQuantizer) else None
 
     def forward(self, x: Tensor) -> Tensor:
         split = self.quantizer.split_heads(x)
-        # OpenVINO makes a division by a constant a product with its reciprocal, which may differ in the last bit.
+        units = self.units(split)
+        # OpenVINO makes a division a product with a reciprocal, which may differ in the last bit.
         per_unit = _wide(self.scale.reciprocal(), split)
-        if isinstance(self.quantizer, RowQuantizer):
-            per_unit = per_unit / self.quantizer.units(split)
+        if units is not None:
+            per_unit = units.reciprocal() * per_unit
         steps = split if self.folded else split * per_unit
         if self.offset is not None:
             steps = steps - self.offset
@@ -260,10 +264,13 @@ def _as_patches(x: Tensor, kernel: tuple[int, int]) -> Tensor:
 class _ExportedProduct(QuantizedProduct):
     """A product of codes by codes; scales multiply the result."""
 
+    lowest: Tensor
+
     def __init__(self, name: str, product: QuantizedProduct) -> None:
         super().__init__(product.index, product.sites, product.operands)
         check_scales_leave_sum(product, name)
         self.left, self.right = (_Coded(quantizer) for quantizer in product.operands)
+        self.register_buffer('lowest', torch.tensor(-(2.0**31)))
 
     @property
     def settled(self) -> bool:
@@ -271,8 +278,14 @@ class _ExportedProduct(QuantizedProduct):
         return False
 
     def forward(self, left: Tensor, right: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        y = multiply(self.left(left), self.right(right))
-        return y * _wide(self.left.scale_of(left) * self.right.scale_of(right), y)
+        # No sum is below what an accumulator of 32 bits holds. Saying so keeps OpenVINO from multiplying an operand's codes
+        # by the scale, whose sums would no longer be of whole numbers. (A Clip keeps ONNX Runtime from integers.)
+        y = torch.maximum(multiply(self.left(left), self.right(right)), self.lowest)
+        scale = _wide(self.left.scale_over(left.shape[0]) * self.right.scale_over(right.shape[0]), y)
+        # Behind both constants, which OpenVINO would bring together otherwise, with another last bit.
+        for units in (self.left.units(left), self.right.units(right)):
+            scale = scale if units is None else scale * units
+        return y * scale
 
 
 class _ExportedCompensation(nn.Module):

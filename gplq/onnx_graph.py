@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ def onnx_graph(module: nn.Module, inputs: tuple[Tensor, ...], fixed_batch: bool 
     Raises:
         TargetError: if the module cannot be traced.
     """
-    shapes: Any = None if fixed_batch else tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
+    shapes = None if fixed_batch else _any_batch(module, inputs)
     try:
         # Its warnings are of its own future.
         with torch.no_grad(), warnings.catch_warnings():
@@ -54,3 +55,10 @@ def onnx_graph(module: nn.Module, inputs: tuple[Tensor, ...], fixed_batch: bool 
     for item in (graph.graph, *graph.graph.node, *graph.graph.initializer, *graph.graph.value_info):
         del item.metadata_props[:]
     return graph
+
+
+def _any_batch(module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
+    """What torch.export is told of batches of any size: an axis for each input, those of ``*args`` together."""
+    any_size = {0: torch.export.Dim.DYNAMIC}
+    taken = inspect.signature(module.forward).bind(*inputs).arguments
+    return {name: tuple(any_size for _ in x) if isinstance(x, tuple) else any_size for name, x in taken.items()}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import gplq
 from gplq.errors import CalibrationError, StageError, TargetError, WriteError
 from gplq.exported import exported_twin
+from gplq.plugins.engines import ENGINES
 
 onnx = pytest.importorskip('onnx')
 ort = pytest.importorskip('onnxruntime')
@@ -71,6 +72,37 @@ def test_sums_of_codes_are_the_same_to_the_last_bit(bits: int, tmp_path: Path) -
     gplq.export(layer, path, x[:2])
     with torch.no_grad():
         assert torch.equal(Session(path)(x), exported_twin(layer)(x))
+
+
+class Scores(nn.Module):
+    """An attention of three heads that gives its scores, since a softmax is not the same in every engine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(48, 144)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 3, 16)).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q @ k.transpose(-2, -1)
+        return scores, scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize('engine', ['onnxruntime', 'openvino'])
+def test_products_of_codes_are_the_same_to_the_last_bit(engine: str, tmp_path: Path) -> None:
+    """OpenVINO too sums codes and multiplies the sum; left alone it multiplies one operand's codes by the scale."""
+    pytest.importorskip(engine)
+    torch.manual_seed(0)
+    x = torch.randn(64, 5, 48)
+    model = Scores().eval()
+    gplq.prepare(model, 'w4a4', x[:2])
+    gplq.calibrate(model, [x])
+    gplq.quantize_weights(model, [x])
+    path = tmp_path / 'model.onnx'
+    gplq.export(model, path, x[:2])
+    found, _ = ENGINES[engine](path).run(x.numpy())
+    with torch.no_grad():
+        scores, _ = exported_twin(model)(x)
+    assert torch.equal(torch.from_numpy(found), scores)
 
 
 @pytest.mark.parametrize(
