@@ -46,6 +46,7 @@ class ActivationStage:
         weight_decay: of weights; scales have none.
         mimicking_weight: factor of the feature loss, 0 to leave it out.
         explained_variance: share that decides the rank of the PCA, used where ``rank`` is None.
+        rank_multiple: of which the rank is then the nearest multiple, at least one.
         rank: number of principal directions.
         reduction: of the feature loss, see :class:`gplq.MimickingLoss`; the default has the same weight for features
             of any size: a detector's maps are not normalized, and their sum would drown the task's loss.
@@ -62,6 +63,7 @@ class ActivationStage:
     weight_decay: float = 0.0
     mimicking_weight: float = 1.0
     explained_variance: float = 0.6
+    rank_multiple: int = 32
     rank: int | None = None
     reduction: Reduction = 'relative'
     pca_samples: int = 512
@@ -75,8 +77,9 @@ class ActivationStage:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise RecipeError(f'{name}={value} must be finite and not negative')
-        if self.rank is not None and self.rank < 1:
-            raise RecipeError(f'rank={self.rank} must be at least 1')
+        for name in ('rank', 'rank_multiple'):
+            if (rank := getattr(self, name)) is not None and rank < 1:
+                raise RecipeError(f'{name}={rank} must be at least 1')
         if not 0 < self.explained_variance <= 1:
             raise RecipeError(f'explained_variance={self.explained_variance} must be in (0, 1]')
         if self.pca_samples < 1:
@@ -352,6 +355,7 @@ def _mimicking(
         first_samples(loader, stage.pca_samples),
         forward,
         explained_variance=stage.explained_variance,
+        multiple=stage.rank_multiple,
         rank=stage.rank,
         reduction=stage.reduction,
     )

@@ -278,8 +278,8 @@ class _ExportedProduct(QuantizedProduct):
         return False
 
     def forward(self, left: Tensor, right: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        # No sum is below what an accumulator of 32 bits holds. Saying so keeps OpenVINO from multiplying an operand's codes
-        # by the scale, whose sums would no longer be of whole numbers. (A Clip keeps ONNX Runtime from integers.)
+        # No sum is below what an accumulator of 32 bits holds. Saying so keeps OpenVINO from multiplying an operand by
+        # the scale first, so that it adds whole numbers. (Said by a Clip, it would keep ONNX Runtime from integers.)
         y = torch.maximum(multiply(self.left(left), self.right(right)), self.lowest)
         scale = _wide(self.left.scale_over(left.shape[0]) * self.right.scale_over(right.shape[0]), y)
         # Behind both constants, which OpenVINO would bring together otherwise, with another last bit.

@@ -119,6 +119,7 @@ def fit_mimicking_loss(
     run: Callable[[nn.Module, Any], Any],
     *,
     explained_variance: float = 0.6,
+    multiple: int = 32,
     rank: int | None = None,
     reduction: Reduction = 'sum',
 ) -> MimickingLoss:
@@ -130,7 +131,7 @@ def fit_mimicking_loss(
             yield tap.take()
 
     with evaluating(teacher), tap.attached():
-        bases = fit_pca_maps(features(), explained_variance, rank=rank)
+        bases = fit_pca_maps(features(), explained_variance, multiple, rank)
     return MimickingLoss(bases, reduction).to(bases[0].components.device)
 
 

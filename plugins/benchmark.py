@@ -19,7 +19,7 @@ from gplq.plugins.methods import FLOATING, METHODS, VARIANTS
 from gplq.plugins.results import ResultError, ResultRow, commit, file_sha256, versions
 from gplq.recipe import WEIGHT_STAGE_FIELDS, Recipe
 
-__all__ = ['TOOL', 'Bits', 'Run', 'bits_of', 'curve_of', 'plan_runs', 'rows_of']
+__all__ = ['HOOK', 'TOOL', 'Bits', 'Run', 'bits_of', 'curve_of', 'plan_runs', 'rows_of']
 
 # Of weights and of activations.
 Bits = tuple[int, int]

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.utils import track_iter_progress
 
-from gplq.plugins.benchmark import TOOL, Run, curve_of, rows_of
+from gplq.plugins.benchmark import HOOK, TOOL, Run, curve_of, rows_of
+from gplq.plugins.command_line import option_value
 from gplq.plugins.comparison import Comparison, add_intervals
+from gplq.plugins.hooks.settings import HookSettings
 from gplq.plugins.logged_run import check_tool, run_logged
+from gplq.plugins.methods import VARIANTS
 from gplq.plugins.results import ResultError, append_row, file_sha256, rows_so_far
 from gplq.plugins.type_name import type_name
 
-__all__ = ['carry_out', 'check_hook', 'config_of', 'metrics_of', 'model_of_config', 'read', 'task_of']
+__all__ = ['carry_out', 'check_hook', 'check_variants', 'config_of', 'metrics_of', 'model_of_config', 'read', 'task_of']
 
 
 def task_of(config: str) -> str:
@@ -68,6 +73,32 @@ def check_hook(cfg: Config, config: str) -> None:
             f"config {config} has no default_hooks = dict(gplq=dict(type='gplq.plugins.GPLQHook', …)), whose settings "
             'the methods differ in: add it'
         )
+
+
+def check_variants(cfg: Config, config: str, variants: Sequence[str], options: Mapping[str, str]) -> None:
+    """Refuse a variant under whose name the settings of the config itself would be measured.
+
+    Args:
+        cfg: with the two lines.
+        config: its name.
+        variants: names in :data:`gplq.plugins.methods.VARIANTS`.
+        options: the user's, which are set in every run.
+
+    Raises:
+        ResultError: a variant changes no setting.
+        RecipeError: the settings are no hook's.
+    """
+
+    def settings(**more: Any) -> HookSettings:
+        chosen = copy.deepcopy(cfg)
+        chosen.merge_from_dict({key: option_value(text) for key, text in options.items() if key.startswith(HOOK)})
+        chosen.merge_from_dict({f'{HOOK}{key}': value for key, value in more.items()})
+        hook = chosen.default_hooks.gplq.to_dict()
+        return HookSettings.from_config(**{key: hook[key] for key in hook if key not in ('type', 'priority')})
+
+    for variant in variants:
+        if VARIANTS[variant] and settings(**VARIANTS[variant]) == settings():
+            raise ResultError(f'--variants {variant!r}: {config} has these settings already; leave it out')
 
 
 def metrics_of(task: str) -> list[str]:

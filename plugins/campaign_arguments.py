@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gplq.plugins.benchmark import Bits, Run, bits_of, plan_runs
-from gplq.plugins.campaign import metrics_of, task_of
+from gplq.plugins.campaign import check_variants, metrics_of, read, task_of
 from gplq.plugins.results import ResultError, rows_file
 
 __all__ = ['Request', 'add_campaign_arguments', 'request_of']
@@ -34,7 +34,13 @@ class Request:
     model: str = ''
 
     def runs(self, methods: Sequence[str], variants: Sequence[str]) -> list[Run]:
-        """Its runs of these methods, as :func:`gplq.plugins.benchmark.plan_runs` says."""
+        """Its runs of these methods, as :func:`gplq.plugins.benchmark.plan_runs` says.
+
+        Raises:
+            ResultError: a variant changes nothing, or an option is none.
+        """
+        if 'gplq' in methods:
+            check_variants(read(self.config), self.config, variants, self.options)
         return list(
             plan_runs(
                 self.name,

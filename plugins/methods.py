@@ -33,9 +33,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'one scale a map': {'recipe.attention_map': 'uniform'},
     'no mimicking': {'mimicking': 0},
     **{f'mimicking {weight:g}': {'mimicking': weight} for weight in (0.1, 10.0)},
-    **{f'PCA {share} %': {'stage.explained_variance': share / 100} for share in (30, 90)},
+    # To the direction: the nearest multiple of 32 is the same for all three in narrow models.
+    **{
+        f'PCA {share} %': {'stage.explained_variance': share / 100, 'stage.rank_multiple': 1, 'stage.rank': None}
+        for share in (30, 60, 90)
+    },
     **{f'{count} iterations': {'iterations': count} for count in (1, 10, 100, 1000)},
-    '1 epoch': {'minimum_iterations': 0},
+    '1 epoch': {'minimum_iterations': 0, 'iterations': None},
     'scales only': {'stage.lr': 0.0},
     'nearest': {'recipe.rounding': 'nearest'},
     'feedback': {'recipe.rounding': 'feedback'},

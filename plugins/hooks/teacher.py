@@ -39,6 +39,7 @@ def make_mimicking(runner: Runner, settings: HookSettings, loader: Iterable[Any]
         bounded(loader, stage.pca_samples),
         lambda twin, batch: twin(preprocess(model, batch)['inputs']),
         explained_variance=stage.explained_variance,
+        multiple=stage.rank_multiple,
         rank=stage.rank,
         reduction=stage.reduction,
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import gplq
 from gplq.errors import RecipeError
-from gplq.mimicking import Mimicking
+from gplq.mimicking import FeatureTap, Mimicking, fit_mimicking_loss
 from gplq.pca import PCABasis, fit_pca
 
 
@@ -53,6 +53,26 @@ def test_only_the_student_is_pulled() -> None:
     student, teacher = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     gplq.MimickingLoss(fit_pca([torch.randn(20, 4)], rank=2))(student, teacher).backward()
     assert student.grad is not None and teacher.grad is None
+
+
+def test_rank_is_a_multiple_that_can_be_chosen() -> None:
+    """Of variances 4, 2, 1 and 1, two directions explain 70 %."""
+    batch = torch.randn(4096, 4) * torch.tensor([4.0, 2.0, 1.0, 1.0]).sqrt()
+    teacher = nn.Identity()
+    ranks = {
+        multiple: fit_mimicking_loss(
+            teacher,
+            FeatureTap(teacher, '', 'output'),
+            [batch],
+            nn.Module.__call__,
+            explained_variance=0.7,
+            multiple=multiple,
+        )
+        .bases[0]
+        .rank
+        for multiple in (1, 4)
+    }
+    assert ranks == {1: 2, 4: 4}
 
 
 def test_unknown_reduction() -> None:

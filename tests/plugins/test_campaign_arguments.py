@@ -70,3 +70,15 @@ def test_data_root_has_to_be_said(config: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv('GPLQ_DATA_ROOT')
     with pytest.raises(ResultError, match='GPLQ_DATA_ROOT=PATH'):
         read(config, 'fp32.pth')
+
+
+@pytest.mark.parametrize('options', [[], ['--options', 'default_hooks.gplq.mimicking=10']])
+def test_a_variant_that_changes_nothing_is_refused(config: str, options: list[str]) -> None:
+    """By its name the table would tell apart what is the same."""
+    if not options:
+        Path(config).write_text(CONFIG.replace("GPLQHook'", "GPLQHook', mimicking=10, iterations=7"))
+    request = read(config, 'fp32.pth', *options)
+    with pytest.raises(ResultError, match=r"'mimicking 10': .*gplq_vit_cells.py has these settings already"):
+        request.runs(['gplq'], ['', 'mimicking 10'])
+    assert len(request.runs(['gplq'], ['', 'PCA 30 %', '1 epoch'])) == 2 * 3
+    assert request.runs(['rtn'], ['', 'mimicking 10'])

@@ -58,6 +58,7 @@ def test_none_leaves_a_setting_at_its_default() -> None:
         (dict(stage=dict(lr='fast')), "stage.lr must be a number or None, got 'fast'"),
         (dict(stage=dict(rank='x')), "stage.rank must be an integer or None, got 'x'"),
         (dict(stage=dict(rank=0)), 'rank=0 must be at least 1'),
+        (dict(stage=dict(rank_multiple=0)), 'rank_multiple=0 must be at least 1'),
         (dict(stage=dict(explained_variance=0)), 'explained_variance=0 must be in'),
         (dict(stage=dict(reduction='max')), r"stage.reduction must be one of \[.*'sum'.*\], got 'max'"),
         (dict(recipe=4), 'recipe must be a string or a dict or None, got 4'),
