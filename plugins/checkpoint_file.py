@@ -6,18 +6,22 @@ import pickle
 import re
 import textwrap
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from gplq.errors import CheckpointError
 from gplq.plugins.safe_load import allow_mmengine_objects
 
-__all__ = ['REMEDY', 'quantization_of', 'read_checkpoint', 'tensors_of']
+__all__ = ['REMEDY', 'check_depth', 'quantization_of', 'read_checkpoint', 'tensors_of']
 
 REMEDY = "give a checkpoint of this config's model, in training by load_from (--cfg-options load_from=PATH)"
 
+# Of a block or layer in the name of a parameter.
+_NUMBER = re.compile(r'(?<=\.)\d+(?=\.)|^\d+(?=\.)')
 # How torch's restricted unpickler names what it refuses.
 _FOREIGN = re.compile(r'GLOBAL:? ([\w.]+)')
 
@@ -99,6 +103,27 @@ def quantization_of(checkpoint: dict[str, Any]) -> dict[str, str] | None:
     """What a checkpoint says about its quantization, None if it holds an FP32 model."""
     meta = checkpoint.get('meta')
     return meta.get('gplq') if isinstance(meta, dict) else None
+
+
+def check_depth(model: nn.Module, state: Collection[str], source: str) -> None:
+    """Refuse a deeper model's tensors, of which the first blocks would be taken for the whole.
+
+    Args:
+        model: that they are for.
+        state: names of tensors, as the model calls them.
+        source: where they are from.
+
+    Raises:
+        CheckpointError: if there are blocks or layers, by their numbers, beyond the model's own.
+    """
+    own = {name for name, _ in model.named_parameters()}
+    series = {_NUMBER.sub('#', name) for name in own}
+    beyond = sorted(name for name in state if name not in own and _NUMBER.sub('#', name) in series)
+    if beyond:
+        raise CheckpointError(
+            f'{source} is of a deeper model: {len(beyond)} of its tensors are of blocks or layers that this one does '
+            f'not have, such as {beyond[0]}; {REMEDY}'
+        )
 
 
 def tensors_of(checkpoint: dict[str, Any], source: str) -> dict[str, torch.Tensor]:

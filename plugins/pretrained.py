@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gplq.errors import CheckpointError
-from gplq.plugins.checkpoint_file import read_checkpoint
+from gplq.plugins.checkpoint_file import quantization_of, read_checkpoint
 from gplq.plugins.downloads import download
 
 from .positions import resize_grid, resize_table
@@ -26,12 +26,17 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
     """Read tensors by name from a `.safetensors` or `.pth` file or URL; nothing in it is ever executed.
 
     Raises:
-        CheckpointError: the file is missing, damaged or holds anything but data.
+        CheckpointError: the file is missing, damaged, of a quantized model or holds anything but data.
     """
     file = str(download(path)) if '://' in path else path
     if not Path(file).is_file():
         raise CheckpointError(f'initial weights {path} do not exist; give the path of a .safetensors or .pth file')
     checkpoint = _read_safetensors(file) if file.endswith('.safetensors') else read_checkpoint(file)
+    if quantization_of(checkpoint) is not None:
+        raise CheckpointError(
+            f"{path} holds a quantized model, whose weights are no FP32 model's; give the FP32 checkpoint it was made "
+            "from, or to a classifier with frozen=True its .safetensors by init_cfg=dict(type='Quantized')"
+        )
     for key in ('state_dict', 'model'):
         if isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gplq.errors import RecipeError
+from gplq.plugins.checkpoint_file import check_depth
 from gplq.plugins.positions import absolute_positions, relative_bias
 from gplq.plugins.pretrained import fit_backbone_state, read_state_dict
 from gplq.plugins.type_name import pretrained_source
@@ -87,7 +88,9 @@ class ViT(BaseModule):
     def init_weights(self) -> None:
         path = pretrained_source(self.init_cfg)
         if path is not None:
-            state = fit_backbone_state(self, read_state_dict(path), source=path)
+            found = read_state_dict(path)
+            check_depth(self, [name.removeprefix('backbone.') for name in found], path)
+            state = fit_backbone_state(self, found, source=path)
             fresh = self.load_state_dict(state, strict=False).missing_keys
             print_log(f'ViT: {len(state)} tensors from {path}; fresh: {fresh or "none"}', logger='current')
             return

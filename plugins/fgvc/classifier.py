@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import gplq
 from gplq.errors import CheckpointError, DataError, RecipeError, StageError
+from gplq.plugins.checkpoint_file import check_depth
 from gplq.plugins.pretrained import read_state_dict
 from gplq.plugins.timm_weights import BACKBONE, check_model_name, fit_timm_state, made_by_timm
 from gplq.plugins.type_name import pretrained_source
@@ -143,6 +144,7 @@ class TimmClassifier(BaseModel):
                 raise CheckpointError(
                     f'{source}: {name} holds NaN or infinite values, so nothing can be learned from it'
                 )
+        check_depth(self.backbone, [name.removeprefix(BACKBONE) for name in state], source)
         self.backbone.load_state_dict(fit_timm_state(self.backbone, state, source))
         # Probes of several backbones differ in these alone.
         head = None if self.frozen else self._head_in(state, source)

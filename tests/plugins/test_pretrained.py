@@ -79,6 +79,20 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
         build(path, depth=3)
 
 
+def test_a_deeper_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / 'model.safetensors'
+    save_file(classifier().state_dict(), path)
+    with pytest.raises(CheckpointError, match=r'of a deeper model: 12 of its tensors .* such as blocks\.1\.'):
+        build(path, depth=1)
+
+
+def test_weights_of_a_quantized_model_are_no_fp32_weights(tmp_path: Path) -> None:
+    path = tmp_path / 'gplq_w4a4.pth'
+    torch.save({'meta': {'gplq': {'stage': 'quantized'}}, 'state_dict': classifier().state_dict()}, path)
+    with pytest.raises(CheckpointError, match=r'gplq_w4a4.pth holds a quantized model, .* give the FP32 checkpoint'):
+        build(path)
+
+
 class Foreign:
     def __reduce__(self) -> tuple:
         return (Path.touch, (Path('executed'),))

@@ -53,6 +53,25 @@ def test_a_head_of_other_classes_is_fresh_and_positions_are_resized(tmp_path: Pa
     assert torch.equal(model.backbone.blocks[1].mlp.fc1.weight, classifier.blocks[1].mlp.fc1.weight)
 
 
+@pytest.mark.parametrize(
+    ('name', 'settings', 'deeper'),
+    [
+        ('vit_tiny_patch16_224', VIT, dict(depth=3)),
+        ('swin_tiny_patch4_window7_224', SWIN, dict(depths=(1, 1, 2, 1))),
+    ],
+)
+def test_the_first_blocks_of_a_deeper_model_are_refused(
+    name: str, settings: dict[str, Any], deeper: dict[str, Any], tmp_path: Path
+) -> None:
+    """A Swin-S is not a Swin-T with tensors to spare."""
+    file = tmp_path / 'deep.safetensors'
+    save_file(timm.create_model(name, num_classes=5, **{**settings, **deeper}).state_dict(), file)
+    init_cfg = dict(type='Pretrained', checkpoint=str(file))
+    model = TimmClassifier(name, num_classes=5, model_args=settings, init_cfg=init_cfg)
+    with pytest.raises(CheckpointError, match='deep.safetensors is of a deeper model'):
+        model.init_weights()
+
+
 def test_loss_and_predictions() -> None:
     model = TimmClassifier('vit_tiny_patch16_224', num_classes=5, model_args=VIT, label_smoothing=0.1).eval()
     x, labels = torch.rand(3, 3, 32, 32), [4, 0, 2]

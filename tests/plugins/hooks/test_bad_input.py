@@ -143,6 +143,16 @@ def test_checkpoint_of_other_depth(make_config: MakeConfig, toy: ModuleType, tmp
     refused(config, CheckpointError, message)
 
 
+def test_checkpoint_of_a_deeper_model(make_config: MakeConfig, toy: ModuleType, tmp_path: Path) -> None:
+    """Its first blocks would do for the whole model, which would then be measured as if it were trained."""
+    path = tmp_path / 'deep.pth'
+    torch.save(toy.ToyClassifier(depth=3).state_dict(), path)
+    config = make_config()
+    config.load_from = str(path)
+    message = r'deep.pth is of a deeper model: 12 of its tensors .* such as backbone\.blocks\.2'
+    refused(config, CheckpointError, message)
+
+
 def test_checkpoint_with_nan(make_config: MakeConfig, checkpoint: Path, tmp_path: Path) -> None:
     saved = torch.load(checkpoint, weights_only=True)
     saved['state_dict']['head.bias'][1] = float('nan')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -57,6 +58,14 @@ def partial(checkpoint: Path, tmp_path: Path) -> str:
 def test_a_part_of_a_model_is_not_measured(partial: str, measure: Callable) -> None:
     with pytest.raises(CheckpointError, match=r"1 of \d+ tensors are missing, such as \['head.bias'\]"):
         measure(partial)
+
+
+def test_the_first_blocks_of_a_deeper_model_are_not_measured(
+    toy: ModuleType, tmp_path: Path, measure: Callable
+) -> None:
+    torch.save({'state_dict': toy.ToyClassifier(depth=3).state_dict()}, tmp_path / 'deep.pth')
+    with pytest.raises(CheckpointError, match='deep.pth is of a deeper model'):
+        measure(str(tmp_path / 'deep.pth'))
 
 
 def test_fp32_training_may_start_from_a_part(partial: str, make_config: Callable[..., Config]) -> None:
