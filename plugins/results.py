@@ -274,13 +274,35 @@ def repeat_command() -> str:
     Where data and first weights are is said by variables, whose values are of this machine alone: a shell into which
     the command is pasted asks for them.
     """
-    here = os.getcwd() + os.sep
-    arguments = [argument.removeprefix(here) for argument in sys.orig_argv[1:]]
-    command = shlex.join(['python', *arguments])
     variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith('GPLQ_') and value}
-    for name, value in variables.items():
-        command = command.replace(value, f'${{{name}}}')
-    return ' '.join([*(f'{name}=${{{name}:?}}' for name in variables), command])
+    arguments = [_pasted(argument, variables) for argument in sys.orig_argv[1:]]
+    return ' '.join([*(f'{name}=${{{name}:?}}' for name in variables), 'python', *arguments])
+
+
+def _pasted(argument: str, variables: Mapping[str, str]) -> str:
+    """Quote an argument for a shell, with a variable in place of the path that it is or begins with.
+
+    Args:
+        argument: a value, or `KEY=value`.
+        variables: names and paths; the longest that fits is taken.
+    """
+    argument = argument.removeprefix(os.getcwd() + os.sep)
+    key, equals, value = argument.partition('=')
+    for name, path in sorted(variables.items(), key=lambda item: -len(item[1])):
+        root = path.rstrip('/') or path
+        # A path can have an equals sign itself.
+        for before, rest in (('', argument), (key + equals, value)):
+            if rest == root or rest.startswith(root + '/'):
+                expanded = f'${{{name}}}'
+                # Single quotes would keep the variable from the shell; without quotes it splits a path at its spaces.
+                if shlex.quote(argument) != argument:
+                    expanded = f'"{expanded}"'
+                return _quoted(before) + expanded + _quoted(rest[len(root) :])
+    return shlex.quote(argument)
+
+
+def _quoted(part: str) -> str:
+    return shlex.quote(part) if part else ''
 
 
 @dataclass

@@ -5,17 +5,21 @@ from __future__ import annotations
 import re
 import shlex
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from .methods import VARIANTS
-from .results import BOUNDS, ResultError, ResultRow, bits_name, rows_so_far
+from .methods import METHODS, VARIANTS
+from .results import BOUNDS, ResultError, ResultRow, bits_name, read_rows
 
 __all__ = ['fill_tables', 'render_table']
 
-# Only at the start of a line, so that a page can quote a marker.
-MARKER = re.compile(r'^<!-- table: (?P<options>[^>\n]*) -->\n.*?^<!-- /table -->', re.DOTALL | re.MULTILINE)
+OPENING = re.compile(r'<!-- table: (?P<options>[^>]*) -->')
+CLOSING = '<!-- /table -->'
+# What a reader takes for a marker: one that is misspelled would leave its table as it is for ever.
+MARKER_LIKE = re.compile(r'\s*<!--\s*/?\s*table', re.IGNORECASE)
+FENCE = re.compile(r'\s*(`{3,}(?=[^`]*$)|~{3,})')
+LIST_ITEM = re.compile(r' *(?:[-*+]|\d+[.)])(?: +|$)')
 FIELDS = {f.name for f in fields(ResultRow)} - {'metric', 'value', 'versions'}
 # Reading order within the same bits: what one compares with comes first, the method last.
 FIRST, LAST = ('fp32', 'fp32_control', 'rtn'), 'gplq'
@@ -36,33 +40,121 @@ def fill_tables(text: str, root: Path) -> str:
 
     FILE is relative to `root`; `also=interval,minutes,artifact_bytes` adds columns, `interval` one for each metric,
     with the bounds of its difference from FP32; any other `field=value,value` keeps the rows with one of these values.
-    Values with spaces are quoted.
+    Values with spaces are quoted. Markers count at the start of a line; in code they are text.
 
     Raises:
-        ResultError: an option is unknown, or rows contradict each other.
+        ResultError: a marker is misspelled or has no partner, its file, a value or an option is unknown, or rows
+            contradict each other.
     """
+    lines = text.split('\n')
+    filled: list[str] = []
+    copied = 0
+    opened: int | None = None
+    for place in _markers(lines):
+        line = lines[place]
+        marker = f'line {place + 1}, {line.strip()}'
+        if match := OPENING.fullmatch(line):
+            if opened is not None:
+                raise ResultError(f'{marker}: the table of line {opened + 1} is open; close it with {CLOSING} before')
+            opened = place
+            filled += lines[copied : place + 1]
+            try:
+                filled += _table(match['options'], root).splitlines()
+            except ResultError as error:
+                raise ResultError(f'{marker}: {error}') from error
+        elif not line.startswith(CLOSING):
+            raise ResultError(
+                f'{marker}: this is no marker of a table; write <!-- table: FILE metrics=A,B field=value --> or '
+                f'{CLOSING} at the start of a line, alone there, or quote it as code'
+            )
+        elif opened is None:
+            raise ResultError(f'{marker}: no table is open; write <!-- table: FILE metrics=A,B --> above it')
+        else:
+            opened, copied = None, place
+    if opened is not None:
+        raise ResultError(f'line {opened + 1}, {lines[opened]}: the table is never closed; write {CLOSING} below it')
+    return '\n'.join(filled + lines[copied:])
 
-    def replace(match: re.Match[str]) -> str:
-        path, *options = shlex.split(match['options'])
-        settings = dict(option.split('=', 1) for option in options if '=' in option)
-        if len(settings) != len(options) or 'metrics' not in settings:
-            raise ResultError(f'table of {path}: write <!-- table: FILE metrics=A,B field=value -->, not {options}')
-        metrics = settings.pop('metrics').split(',')
-        also = settings.pop('also').split(',') if 'also' in settings else []
-        if foreign := sorted(set(settings) - FIELDS) + sorted(set(also) - {*EXTRA, INTERVAL}):
-            raise ResultError(f'table of {path}: no field {", ".join(foreign)}')
-        rows = rows_so_far(root / path)
-        wanted = {name: values.split(',') for name, values in settings.items()}
-        rows = [row for row in rows if all(str(getattr(row, n)) in v for n, v in wanted.items())]
-        return f'<!-- table: {match["options"]} -->\n{render_table(rows, metrics, also)}<!-- /table -->'
 
-    return MARKER.sub(replace, text)
+def _markers(lines: Sequence[str]) -> Iterator[int]:
+    """Places of the lines that begin like a marker and are no code, as Markdown has it.
+
+    Code is fenced, or behind an empty line and indented by four columns more than what it stands in.
+
+    Raises:
+        ResultError: a fence is never closed, so that every marker behind it would be code.
+    """
+    fence, fenced = '', 0
+    margin, may_be_code = 0, True
+    for place, line in enumerate(lines):
+        words = line.strip()
+        indent = len(line.expandtabs(4)) - len(line.expandtabs(4).lstrip())
+        if fence:
+            if len(words) >= len(fence) and set(words) == {fence[0]}:
+                fence, may_be_code = '', True
+            continue
+        if not words:
+            may_be_code = True
+            continue
+        if may_be_code and indent < margin:
+            margin = 0
+        if may_be_code and indent >= margin + 4:
+            continue
+        may_be_code = False
+        begin = 0
+        if item := LIST_ITEM.match(line):
+            begin = margin = item.end()
+        if match := FENCE.match(line, begin):
+            fence, fenced = match[1], place
+        elif MARKER_LIKE.match(line, begin):
+            yield place
+    if fence:
+        raise ResultError(f'line {fenced + 1}, {lines[fenced].strip()}: this block of code is never closed; close it')
+
+
+def _table(options: str, root: Path) -> str:
+    try:
+        path, *given = shlex.split(options) or ['']
+    except ValueError as error:
+        raise ResultError(f"{error}; quote values with spaces as in variant='no mimicking'") from error
+    settings = dict(option.split('=', 1) for option in given if '=' in option)
+    if len(settings) != len(given) or 'metrics' not in settings:
+        raise ResultError(f'write <!-- table: FILE metrics=A,B field=value -->, not {given}')
+    metrics = settings.pop('metrics').split(',')
+    also = settings.pop('also').split(',') if 'also' in settings else []
+    if foreign := sorted(set(settings) - FIELDS) + sorted(set(also) - {*EXTRA, INTERVAL}):
+        known = f'write {", ".join(sorted(FIELDS))}, or in also= {", ".join([*EXTRA, INTERVAL])}'
+        raise ResultError(f'no field {", ".join(foreign)}; {known}')
+    if not (root / path).is_file():
+        raise ResultError(f'file {path!r} does not exist; name one of rows, from the root of the repository')
+    rows = read_rows(root / path)
+    wanted = {name: values.split(',') for name, values in settings.items()}
+    kept = [row for row in rows if all(str(getattr(row, n)) in v for n, v in wanted.items())]
+    asked = {'metric': metrics, **wanted}
+    # In the whole file first: among the rows that are left, a misspelled value takes the others along.
+    if missing := _missing(rows, asked):
+        raise ResultError(f'no row of {path} has {missing}; correct it, or measure it first')
+    if missing := _missing([row for row in kept if row.metric in metrics], asked):
+        raise ResultError(f'no row of {path} has {missing} with the other options; correct them, or measure it first')
+    return render_table(kept, metrics, also)
+
+
+def _missing(rows: Iterable[ResultRow], asked: Mapping[str, Sequence[str]]) -> str:
+    """The values that no row has, as text.
+
+    Methods that benchmarks know are none of them: a page can be written before the last of its runs is made.
+    """
+    found = {(name, str(getattr(row, name))) for row in rows for name in asked}
+    known = found | {('method', method) for method in METHODS}
+    values = [(name, value) for name, values in asked.items() for value in values]
+    return ', '.join(f'{name}={value}' for name, value in values if (name, value) not in known)
 
 
 def render_table(rows: Iterable[ResultRow], metrics: Sequence[str], also: Sequence[str] = ()) -> str:
     """Write rows as a table: a line for each method, bits and variant, mean ± standard deviation over seeds.
 
-    Bounds of intervals are means over seeds too. A row that was run again replaces the earlier one.
+    Bounds of intervals are means too, over the seeds that have both behind their last figure. A row that was run again
+    replaces the earlier one.
 
     Raises:
         ResultError: rows of one model start from two checkpoints, or are of two splits or scopes.
@@ -82,9 +174,11 @@ def render_table(rows: Iterable[ResultRow], metrics: Sequence[str], also: Sequen
                 f'{start.method} and {row.method}; keep one with field=value in the table marker'
             )
         key = (row.model, row.weight_bits, row.activation_bits, row.method, row.variant)
-        groups.setdefault(key, {}).setdefault(row.metric, {})[row.seed] = row
-    if not groups:
-        return '_No rows yet._\n'
+        group = groups.setdefault(key, {})
+        group.setdefault(row.metric, {})[row.seed] = row
+        # They were of the figure that this one replaces.
+        for bound in bounds.get(row.metric, ()):
+            group.get(bound, {}).pop(row.seed, None)
     models = len({key[0] for key in groups}) > 1
     variants = any(key[4] for key in groups)
     head = (['model'] if models else []) + ['method'] + (['variant'] if variants else []) + ['bits']
@@ -98,7 +192,7 @@ def render_table(rows: Iterable[ResultRow], metrics: Sequence[str], also: Sequen
         line = ([model] if models else []) + [method] + ([variant] if variants else [])
         line.append(bits_name(weight_bits, activation_bits))
         line += [_mean([r.value for r in figures.get(metric, {}).values()], _digits(metric)) for metric in metrics]
-        line += [_interval(figures, pair, _digits(metric)) for metric, pair in bounds.items()]
+        line += [_interval(figures, metric, pair, _digits(metric)) for metric, pair in bounds.items()]
         runs = {row.seed: row for of_metric in figures.values() for row in of_metric.values()}
         for name in extra:
             _, form, unit = EXTRA[name]
@@ -120,12 +214,16 @@ def _order(key: _Key) -> tuple[str | int, ...]:
 
 
 def _digits(metric: str) -> str:
-    """Fractions have three decimals, seconds and ratios two, percentages one, megabytes none."""
+    """Fractions have three decimals, seconds and ratios two, percentages one, megabytes none.
+
+    Equal codes have two: with one, 99.96 % would read as all of them.
+    """
     if 'mAP' in metric:
         return '{:.3f}'
     if metric == 'allocated_mb':
         return '{:.0f}'
-    return '{:.2f}' if metric.startswith('step_') or metric.endswith('_ratio') else '{:.1f}'
+    two = metric == 'equal_codes' or metric.startswith('step_') or metric.endswith('_ratio')
+    return '{:.2f}' if two else '{:.1f}'
 
 
 def _mean(values: list[float], form: str) -> str:
@@ -135,8 +233,9 @@ def _mean(values: list[float], form: str) -> str:
     return mean if len(values) == 1 else f'{mean} ± {form.format(statistics.stdev(values))}'
 
 
-def _interval(figures: dict[str, dict[int, ResultRow]], bounds: Sequence[str], form: str) -> str:
-    if not all(bound in figures for bound in bounds):
+def _interval(figures: dict[str, dict[int, ResultRow]], metric: str, bounds: Sequence[str], form: str) -> str:
+    seeds = set.intersection(*(set(figures.get(name, {})) for name in (metric, *bounds)))
+    if not seeds:
         return ''
-    means = [statistics.fmean(row.value for row in figures[bound].values()) for bound in bounds]
+    means = [statistics.fmean(figures[bound][seed].value for seed in seeds) for bound in bounds]
     return ' to '.join(form.replace(':', ':+').format(mean) for mean in means)

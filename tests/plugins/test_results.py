@@ -206,3 +206,37 @@ def test_a_command_asks_for_what_is_of_this_machine_alone(tmp_path, monkeypatch:
     monkeypatch.delenv('GPLQ_DATA_ROOT')
     asked = subprocess.run(['sh', '-c', command], capture_output=True, text=True)
     assert asked.returncode and 'GPLQ_DATA_ROOT' in asked.stderr
+
+
+@pytest.mark.parametrize(
+    ('root', 'argument', 'pasted'),
+    [
+        ('data', 'val_dataloader.num_workers=0', 'val_dataloader.num_workers=0'),
+        ('data', 'val_evaluator.ann_file=data/dev.json', 'val_evaluator.ann_file=${GPLQ_DATA_ROOT}/dev.json'),
+        ('data', 'data_root=data', 'data_root=${GPLQ_DATA_ROOT}'),
+        ('data', 'data/dev.json', '${GPLQ_DATA_ROOT}/dev.json'),
+        ('data/', 'ann_file=data/dev.json', 'ann_file=${GPLQ_DATA_ROOT}/dev.json'),
+        ('data', 'old/data/dev.json', 'old/data/dev.json'),
+        ('data', 'database/dev.json', 'database/dev.json'),
+        ('/disk', 'load_from=/disk/a/fp32.pth', 'load_from=${GPLQ_CHECKPOINT}'),
+        ('/a=b', '--annotations=/a=b/dev.json', '--annotations=${GPLQ_DATA_ROOT}/dev.json'),
+        ('/a=b', '/a=b/dev.json', '${GPLQ_DATA_ROOT}/dev.json'),
+        ('/disk', "ann_file=/disk/my $HOME's val.json", None),
+        ('/my disk', 'ann_file=/my disk/dev.json', 'ann_file="${GPLQ_DATA_ROOT}"/dev.json'),
+        ('/disk', 'a key=/disk', '\'a key=\'"${GPLQ_DATA_ROOT}"'),
+        ('data', "note='${GPLQ_DATA_ROOT}'", None),
+        ('data', '', "''"),
+    ],
+)
+def test_a_shell_makes_the_argument_of_the_command_again(
+    monkeypatch: pytest.MonkeyPatch, root: str, argument: str, pasted: str | None
+) -> None:
+    monkeypatch.setenv('GPLQ_DATA_ROOT', root)
+    monkeypatch.setenv('GPLQ_CHECKPOINT', '/disk/a/fp32.pth')
+    monkeypatch.setattr(sys, 'orig_argv', ['/usr/bin/python3', 'tools/test.py', argument])
+    command = repeat_command()
+    if pasted is not None:
+        assert command.endswith(f'python tools/test.py {pasted}')
+    shell = f'python() {{ for last; do :; done; printf %s "$last"; }}\n{command}'
+    again = subprocess.run(['sh', '-c', shell], capture_output=True, text=True, check=True).stdout
+    assert again.replace('//', '/') == argument

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from gplq.plugins.results import ResultError, ResultRow, append_row
@@ -95,6 +97,31 @@ def test_bounds_of_the_difference_from_fp32_are_a_column_of_their_own() -> None:
     assert 'FP32, 95 %' not in render_table(rows, ['bbox_mAP'])
 
 
+def with_bounds(value: float, seed: int, low: float, high: float) -> list[ResultRow]:
+    ends = (('_low', low), ('_high', high))
+    return [
+        make_row('gplq', 4, 4, value, seed, metric='top1'),
+        *(make_row('gplq', 4, 4, bound, seed, metric=f'top1{end}') for end, bound in ends),
+    ]
+
+
+def test_bounds_of_a_figure_that_was_measured_again_are_not_beside_the_new_one() -> None:
+    again = make_row('gplq', 4, 4, 60.0, metric='top1')
+    other = make_row('gplq', 4, 4, 49.0, 1, metric='top1')
+    rows = [*with_bounds(49.0, 0, -2.0, 0.5), again, other]
+    assert '| 54.5 ± 7.8 |  | 2 |' in render_table(rows, ['top1'], ['interval'])
+    # One new bound does not make an interval with an old one.
+    assert '|  | 2 |' in render_table(rows + with_bounds(60.0, 0, 8.0, 9.0)[1:2], ['top1'], ['interval'])
+    rows += with_bounds(60.0, 0, 8.0, 10.0)[1:]
+    assert '| +8.0 to +10.0 | 2 |' in render_table(rows, ['top1'], ['interval'])
+    rows += with_bounds(49.0, 1, -2.0, 1.0)[1:]
+    assert '| +3.0 to +5.5 | 2 |' in render_table(rows, ['top1'], ['interval'])
+
+
+def test_a_share_that_is_nearly_all_does_not_read_as_all() -> None:
+    assert '| 99.96 |' in render_table([make_row('gplq', 4, 4, 99.96, metric='equal_codes')], ['equal_codes'])
+
+
 def test_a_repeated_run_replaces_the_earlier_one() -> None:
     table = render_table([make_row('rtn', 4, 4, 0.1), make_row('rtn', 4, 4, 0.2)], ['bbox_mAP'])
     assert '| 0.200 | 1 |' in table
@@ -108,37 +135,98 @@ def test_figures_of_two_checkpoints_do_not_stand_side_by_side(method: str, seed:
         render_table(rows, ['bbox_mAP'])
 
 
-def test_blocks_are_filled_and_the_rest_stays(tmp_path) -> None:
-    append_row(tmp_path / 'results/toy.jsonl', make_row('rtn', 4, 4, 0.1, split='val'))
-    append_row(tmp_path / 'results/toy.jsonl', make_row('rtn', 4, 4, 0.2))
-    page = (
-        'before\n\n<!-- table: results/toy.jsonl metrics=bbox_mAP split=test -->\nold\n<!-- /table -->\n\n'
-        'middle\n<!-- table: results/none.jsonl metrics=top1 -->\n<!-- /table -->\nafter\n'
-    )
-    filled = fill_tables(page, tmp_path)
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder with `results/toy.jsonl`: rows of round-to-nearest on two splits and of ours on one."""
+    rows = [make_row('rtn', 4, 4, 0.1, split='val'), make_row('rtn', 4, 4, 0.2), make_row('gplq', 4, 4, 0.3)]
+    for row in [*rows, make_row('gplq', 4, 4, 76.25, metric='top1', split='val')]:
+        append_row(tmp_path / 'results/toy.jsonl', row)
+    return tmp_path
+
+
+OPEN, CLOSE = '<!-- table: results/toy.jsonl metrics=bbox_mAP split=test method=rtn -->', '<!-- /table -->'
+TABLE = '| method | bits | bbox mAP | seeds |\n| --- | --- | ---: | ---: |\n| rtn | W4A4 | 0.200 | 1 |\n'
+
+
+def test_blocks_are_filled_and_the_rest_stays(results: Path) -> None:
+    other = '<!-- table: results/toy.jsonl metrics=top1 split=val -->'
+    page = f'before\n\n{OPEN}\nold\n{CLOSE}\n\nmiddle\n{other}\n{CLOSE} behind\nafter'
+    filled = fill_tables(page, results)
     assert filled == (
-        'before\n\n<!-- table: results/toy.jsonl metrics=bbox_mAP split=test -->\n'
-        '| method | bits | bbox mAP | seeds |\n| --- | --- | ---: | ---: |\n| rtn | W4A4 | 0.200 | 1 |\n'
-        '<!-- /table -->\n\nmiddle\n'
-        '<!-- table: results/none.jsonl metrics=top1 -->\n_No rows yet._\n<!-- /table -->\nafter\n'
+        f'before\n\n{OPEN}\n{TABLE}{CLOSE}\n\nmiddle\n{other}\n'
+        '| method | bits | top1 | seeds |\n| --- | --- | ---: | ---: |\n| gplq | W4A4 | 76.2 | 1 |\n'
+        f'{CLOSE} behind\nafter'
     )
-    assert fill_tables(filled, tmp_path) == filled
+    assert fill_tables(filled, results) == filled
 
 
-def test_a_quoted_marker_is_left_alone(tmp_path) -> None:
-    page = '    <!-- table: results/toy.jsonl metrics=top1 -->\n    <!-- /table -->\n'
-    assert fill_tables(page, tmp_path) == page
+@pytest.mark.parametrize(
+    'page',
+    [
+        f'    {OPEN}\n    {CLOSE}\n',
+        f'So:\n\n    {OPEN}\n\n\t{CLOSE}\n\nand so on',
+        f'```\n{OPEN}\n```\n',
+        f'~~~~ html\n```\n~~~\n{OPEN}\n~~~~',
+        f'- a list\n\n  ```\n  {OPEN}\n  ```\n',
+        f'- ```\n  {OPEN}\n  ```\n',
+        f'- a list\n\n      {OPEN}\n\nText\n\n    {OPEN}\n',
+        f'`{OPEN}` opens a table, `{CLOSE}` closes it',
+        f'```inline``` and\n`{OPEN}`',
+    ],
+)
+def test_a_quoted_marker_is_left_alone(results: Path, page: str) -> None:
+    assert fill_tables(page, results) == page
+    assert fill_tables(f'{page}\n\n{OPEN}\n{CLOSE}', results) == f'{page}\n\n{OPEN}\n{TABLE}{CLOSE}'
+
+
+@pytest.mark.parametrize(
+    ('page', 'message'),
+    [
+        (f'{OPEN}\ntext\n\n{OPEN}\n{CLOSE}\n', 'line 4, <!-- table: .*: the table of line 1 is open; close it'),
+        (f'text\n{OPEN}\ntext', 'line 2, <!-- table: .*: the table is never closed; write <!-- /table --> below'),
+        (f'text\n\n{CLOSE}\n', 'line 3, <!-- /table -->: no table is open'),
+        (f'{OPEN}\n<!-- /Table -->\n', 'line 2, <!-- /Table -->: this is no marker'),
+        (f'  {OPEN}\n  {CLOSE}\n', 'line 1, .*: this is no marker of a table; write .* at the start of a line'),
+        (f'text\n    {OPEN}\n', 'line 2, .*: this is no marker'),
+        (f'1. a list\n\n    {OPEN}\n', 'line 3, .*: this is no marker'),
+        (f'- {OPEN}\n', 'line 1, .*: this is no marker'),
+        (f'{OPEN} \n{CLOSE}', 'line 1, .*: this is no marker'),
+        ('<!-- table: results/toy.jsonl metrics=top1-->\n', 'line 1, .*metrics=top1-->: this is no marker'),
+        ('<!-- Table: results/toy.jsonl metrics=top1 -->\n', 'line 1, <!-- Table: .*: this is no marker'),
+        ('<!--table: results/toy.jsonl metrics=top1 -->\n', 'line 1, <!--table: .*: this is no marker'),
+        ('<!-- table: results/toy.jsonl\n metrics=top1 -->\n', 'line 1, .*: this is no marker'),
+        (f'```\ncode\n\n{OPEN}\n{CLOSE}\n', 'line 1, ```: this block of code is never closed'),
+    ],
+)
+def test_a_marker_that_is_misspelled_or_has_no_partner(results: Path, page: str, message: str) -> None:
+    with pytest.raises(ResultError, match=message):
+        fill_tables(page, results)
 
 
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ('split=test', 'write <!-- table'),
-        ('metrics=top1 test', 'write <!-- table'),
-        ('metrics=top1 colour=red', 'no field colour'),
-        ('metrics=top1 also=speed', 'no field speed'),
+        ('', 'write <!-- table'),
+        ('results/toy.jsonl split=test', 'write <!-- table'),
+        ('results/toy.jsonl metrics=top1 test', 'write <!-- table'),
+        ('results/toy.jsonl metrics=top1 colour=red', 'no field colour'),
+        ('results/toy.jsonl metrics=top1 also=speed', 'no field speed'),
+        ("results/toy.jsonl metrics=top1 variant='no mimicking", 'No closing quotation; quote values'),
+        ('results/none.jsonl metrics=top1', "file 'results/none.jsonl' does not exist"),
+        ('results/toy.jsonl metrics=tpo1', 'no row of results/toy.jsonl has metric=tpo1; correct it'),
+        ('results/toy.jsonl metrics=bbox_mAP,tpo1', 'has metric=tpo1; correct it'),
+        ('results/toy.jsonl metrics=bbox_mAP split=tset model=vit', 'has split=tset; correct it'),
+        ('results/toy.jsonl metrics=bbox_mAP method=gplq,rnt', 'has method=rnt; correct it'),
+        ('results/toy.jsonl metrics=bbox_mAP,top1 split=test', 'has metric=top1 with the other options'),
+        ('results/toy.jsonl metrics=top1 split=test', 'has metric=top1, split=test with the other options'),
+        ('results/toy.jsonl metrics=bbox_mAP method=lsq', 'has metric=bbox_mAP with the other options'),
     ],
 )
-def test_unknown_options(tmp_path, options, message) -> None:
-    with pytest.raises(ResultError, match=message):
-        fill_tables(f'<!-- table: results/toy.jsonl {options} -->\n<!-- /table -->', tmp_path)
+def test_unknown_options(results: Path, options: str, message: str) -> None:
+    with pytest.raises(ResultError, match='line 2, <!-- table: .*: .*' + message):
+        fill_tables(f'\n<!-- table: {options} -->\n{CLOSE}', results)
+
+
+def test_rows_of_a_known_method_may_be_still_to_come(results: Path) -> None:
+    page = f'<!-- table: results/toy.jsonl metrics=bbox_mAP method=rtn,lsq split=test -->\n{CLOSE}'
+    assert TABLE in fill_tables(page, results)
