@@ -49,7 +49,8 @@ def export(
 
     Raises:
         StageError: if the weights are not quantized, or the ``onnx`` package is missing.
-        TargetError: if there is no such part, a layer has no integer product, or the model cannot be traced.
+        TargetError: if there is no such part, a layer has no integer product, a tensor has a NaN, or the model cannot
+            be traced.
         CalibrationError: if there is no example and the part knows no image size, or the part does not take it.
         WriteError: if the file cannot be written.
     """
@@ -65,6 +66,10 @@ def export(
     twin = exported_twin(model)
     inputs = _examples(model.get_submodule(part), part or type(model).__name__, example_inputs)
     exported = twin.get_submodule(part)
+    for name, tensor in exported.state_dict().items():
+        # An engine would make a code of it, and of that a plausible figure.
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise TargetError(f'{".".join(filter(None, (part, name)))} has a NaN: train or download the model again')
     try:
         with torch.no_grad():
             exported(*inputs)

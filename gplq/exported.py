@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gplq.errors import TargetError
 from gplq.independent_copy import independent_copy
@@ -18,7 +19,7 @@ from gplq.record import named_products, record_of, weight_views
 from gplq.row_quantizer import RowQuantizer
 from gplq.two_part import TwoPartQuantizer
 
-__all__ = ['codes_of', 'exported_twin']
+__all__ = ['exported_twin', 'outputs_and_codes']
 
 # Codes are stored as unsigned bytes with a zero point: x86 machines multiply unsigned by signed bytes, and ONNX Runtime
 # would convert signed ones itself.
@@ -26,6 +27,9 @@ _CODES = torch.uint8
 # x86 machines without VNNI add two products of bytes, an unsigned one by a signed one, in 16 bits: larger signed codes
 # would be cut off there without a word. Two unsigned bytes are multiplied otherwise.
 _LARGEST_SIGNED = 32767 // (2 * 255)
+# Of two computed operands: OpenVINO makes signed bytes of unsigned ones around 128, and then adds in 16 bits as well.
+# Around 127 it multiplies them in floating point. The lowest code of 8 bits is given up for that.
+_LEAST_FACTOR = -127
 
 
 def exported_twin(model: nn.Module) -> nn.Module:
@@ -42,19 +46,34 @@ def exported_twin(model: nn.Module) -> nn.Module:
     return twin.float()
 
 
-def codes_of(twin: nn.Module, *inputs: Tensor) -> list[Tensor]:
-    """All codes of one forward pass of a twin, as bytes, in the order of its QuantizeLinear operators."""
+def outputs_and_codes(twin: nn.Module, *inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of one forward pass of a twin, and its codes as bytes, in the order of its QuantizeLinear operators.
+
+    Where sites round the same input alike, as separate queries and keys do, the file has one operator for them.
+    """
     codes: list[Tensor] = []
+    seen: list[tuple[Tensor, _Coded]] = []
+
+    def watch(site: _Coded, x: Tensor, found: Tensor) -> None:
+        if not any(_same(x, other) and site.rounds_like(before) for other, before in seen):
+            seen.append((x, site))
+            codes.append(found)
+
     modules = [module for module in twin.modules() if isinstance(module, _Coded)]
     for module in modules:
-        module.watcher = codes.append
+        module.watcher = watch
     try:
         with torch.no_grad():
-            twin(*inputs)
+            outputs = twin(*inputs)
     finally:
         for module in modules:
             module.watcher = None
-    return codes
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)], codes
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors, neither of which is gone, are of the same memory."""
+    return (x.data_ptr(), x.shape, x.stride()) == (y.data_ptr(), y.shape, y.stride())
 
 
 def _stand_in(model: nn.Module) -> None:
@@ -70,7 +89,7 @@ def _stand_in(model: nn.Module) -> None:
         block = model.get_submodule(name)
         layer = getattr(block, 'compensation', None)
         if isinstance(layer, LinearCompensation):
-            block.compensation = _ExportedCompensation(layer)
+            block.compensation = _ExportedCompensation(name, layer)
 
 
 class _Coded(nn.Module):
@@ -81,12 +100,15 @@ class _Coded(nn.Module):
     zero_point: Tensor
     one: Tensor
 
-    def __init__(self, quantizer: Quantizer) -> None:
+    def __init__(self, quantizer: Quantizer, name: str, least: int = -128) -> None:
         super().__init__()
         if isinstance(quantizer, TwoPartQuantizer):
-            raise TargetError(f'{quantizer.spec.scheme} quantizers have no operator in ONNX: export uniform ones')
+            raise TargetError(
+                f'{name}: {quantizer.spec.scheme} quantizers have no operator in ONNX: export a model with uniform '
+                "ones, such as those of method='gplq'"
+            )
         self.quantizer = quantizer
-        self.bounds = (quantizer.spec.qmin, quantizer.spec.qmax)
+        self.bounds = (max(quantizer.spec.qmin, least), quantizer.spec.qmax)
         self.folded = not isinstance(quantizer, RowQuantizer) and bool((quantizer.scale == 1).all())
         # As a constant: an engine's exponential of its logarithm may differ in the last bit.
         self.register_buffer('scale', quantizer.scale.detach())
@@ -94,7 +116,16 @@ class _Coded(nn.Module):
         self.register_buffer('zero_point', torch.tensor(-self.bounds[0], dtype=_CODES))
         self.register_buffer('one', torch.ones(()))
         # Sees the codes of every call outside of an export.
-        self.watcher: Callable[[Tensor], None] | None = None
+        self.watcher: Callable[[_Coded, Tensor, Tensor], None] | None = None
+
+    def rounds_like(self, other: _Coded) -> bool:
+        """Whether both give the same codes of any input."""
+        mine, theirs = ((s.scale, s.offset, s.zero_point) for s in (self, other))
+        alike = all(
+            (a is None) == (b is None) and (a is None or b is None or torch.equal(a, b))
+            for a, b in zip(mine, theirs, strict=True)
+        )
+        return alike and self.bounds == other.bounds and type(self.quantizer) is type(other.quantizer)
 
     def scale_over(self, batch: int) -> Tensor:
         """The constant that codes are multiplied by, beside their rows' units, for a leading axis of ``batch``."""
@@ -122,7 +153,7 @@ class _Coded(nn.Module):
         else:
             values = steps.round()
             if self.watcher is not None:
-                self.watcher((values + self.zero_point).to(_CODES))
+                self.watcher(self, x, (values + self.zero_point).to(_CODES))
         return values.reshape(x.shape) if self.quantizer.merged_heads else values
 
 
@@ -195,7 +226,7 @@ class _ExportedMap(LinearMap):
         zero = torch.zeros_like(view.map.bias_correction)
         constants = integer_linear(view, zero)
         assert view.map.input is not None
-        self.coded = _Coded(view.map.input)
+        self.coded = _Coded(view.map.input, plan.name)
         self.register_buffer('constant', constants.bias)
         self.patches = _patches(view.owner)
         if isinstance(view.owner, QuantizedConv2d) and not self.patches:
@@ -269,7 +300,7 @@ class _ExportedProduct(QuantizedProduct):
     def __init__(self, name: str, product: QuantizedProduct) -> None:
         super().__init__(product.index, product.sites, product.operands)
         check_scales_leave_sum(product, name)
-        self.left, self.right = (_Coded(quantizer) for quantizer in product.operands)
+        self.left, self.right = (_Coded(quantizer, name, _LEAST_FACTOR) for quantizer in product.operands)
         self.register_buffer('lowest', torch.tensor(-(2.0**31)))
 
     @property
@@ -291,9 +322,9 @@ class _ExportedProduct(QuantizedProduct):
 class _ExportedCompensation(nn.Module):
     bias: Tensor
 
-    def __init__(self, layer: LinearCompensation) -> None:
+    def __init__(self, name: str, layer: LinearCompensation) -> None:
         super().__init__()
-        self.coded = _Coded(layer.input)
+        self.coded = _Coded(layer.input, name)
         self.matrix = _Matrix(layer.codes, layer.scale, None, axis=1)
         self.register_buffer('bias', layer.bias)
 

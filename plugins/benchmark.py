@@ -114,10 +114,10 @@ class Run:
         trains = self.method == 'gplq' and self.trained_by is None
         return [(f'W32A{activations}', 32, activations), both] if trains else [both]
 
-    def is_done(self, metrics: Sequence[str], sha256: str, rows: Sequence[ResultRow]) -> bool:
-        """Whether ``rows`` hold every metric of each step, measured on the checkpoint of this hash."""
-        mine = (self.text, self.split, sha256)
-        same = [row for row in rows if (row.command, row.split, row.checkpoint_sha256) == mine]
+    def is_done(self, metrics: Sequence[str], sha256: str, settings: str, rows: Sequence[ResultRow]) -> bool:
+        """Whether ``rows`` hold every metric of each step, measured on the checkpoint and config of these hashes."""
+        mine = (self.text, self.split, sha256, settings)
+        same = [row for row in rows if (row.command, row.split, row.checkpoint_sha256, row.settings_sha256) == mine]
         wanted = {(metric, *bits) for metric in metrics for _, *bits in self.bits_of_rows}
         return wanted <= {(row.metric, row.weight_bits, row.activation_bits) for row in same}
 
@@ -211,8 +211,8 @@ def _weights_alone(variant: str) -> bool:
     return all(key.removeprefix('recipe.') in WEIGHT_STAGE_FIELDS for key in VARIANTS[variant])
 
 
-def rows_of(run: Run, metrics: Sequence[str], model: str) -> list[ResultRow]:
-    """Rows of a finished run from what its hook noted.
+def rows_of(run: Run, metrics: Sequence[str], model: str, settings: str | None = None) -> list[ResultRow]:
+    """Rows of a finished run from what its hook noted; ``settings`` is the hash of its config.
 
     Raises:
         ResultError: if the run did not come to its end.
@@ -258,6 +258,7 @@ def rows_of(run: Run, metrics: Sequence[str], model: str) -> list[ResultRow]:
                     versions=versions(),
                     variant=run.label,
                     calibration_samples=step.get('calibration_samples'),
+                    settings_sha256=settings,
                 )
             )
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,14 @@ from gplq.plugins.hooks.settings import HookSettings
 from gplq.plugins.logged_run import check_tool, run_logged
 from gplq.plugins.methods import VARIANTS
 from gplq.plugins.results import ResultError, append_row, file_sha256, rows_so_far
+from gplq.plugins.settings_hash import settings_hash
 from gplq.plugins.type_name import type_name
 
 __all__ = ['carry_out', 'check_hook', 'check_variants', 'config_of', 'metrics_of', 'model_of_config', 'read', 'task_of']
+
+
+# In the folder of a run that came to its end: which run it was.
+MARK = 'run.json'
 
 
 def task_of(config: str) -> str:
@@ -131,17 +137,22 @@ def carry_out(
     if not Path(checkpoint).is_file():
         raise ResultError(f'checkpoint {checkpoint} does not exist')
     sha256 = file_sha256(checkpoint)
+    settings = settings_hash(config_of(runs[0].config), data_root)
     known = rows_so_far(output)
-    waiting = [run for run in runs if not run.is_done(metrics, sha256, known)]
-    # An activation stage that others go on with may have been measured and its checkpoint deleted since.
-    lost = [run.trained_by for run in waiting if run.trained_by and not run.trained_by.stage_file.is_file()]
+    waiting = [run for run in runs if not run.is_done(metrics, sha256, settings, known)]
+    # An activation stage that others go on with may have been measured, and its checkpoint deleted or replaced since.
+    stages = {run.trained_by for run in waiting if run.trained_by}
+    lost = [stage for stage in stages if not _left_by(stage, sha256, settings)]
     waiting = [run for run in runs if run in waiting or run in lost]
     print(f'{len(runs)} runs, {len(runs) - len(waiting)} of them done already; rows: {output}')
     for number, run in enumerate(track_iter_progress(waiting) if waiting else (), start=1):
         print(f'\n[{number}/{len(waiting)}] {run.text}', flush=True)
+        mark = run.work_dir / MARK
+        mark.unlink(missing_ok=True)
         run_logged(run.arguments(data_root), run.work_dir)
-        again = run.is_done(metrics, sha256, known)
-        rows = rows_of(run, metrics, run.model or model_of_config(run.config, run.benchmark))
+        mark.write_text(json.dumps(_identity(run, sha256, settings)))
+        again = run.is_done(metrics, sha256, settings, known)
+        rows = rows_of(run, metrics, run.model or model_of_config(run.config, run.benchmark), settings)
         for row in rows:
             if not again:
                 append_row(output, row)
@@ -153,3 +164,15 @@ def carry_out(
     compared = [metric for metric in metrics if Comparison.compares(metric)]
     pairs = [Comparison(run, fp32, metric) for fp32 in references for run in runs if run != fp32 for metric in compared]
     add_intervals(pairs, data_root, sha256, output)
+
+
+def _identity(run: Run, sha256: str, settings: str) -> dict[str, str]:
+    return {'command': run.text, 'checkpoint_sha256': sha256, 'settings_sha256': settings}
+
+
+def _left_by(run: Run, sha256: str, settings: str) -> bool:
+    """Whether the activation stage in a run's folder is this run's, not one of another checkpoint or config."""
+    mark = run.work_dir / MARK
+    return (
+        run.stage_file.is_file() and mark.is_file() and json.loads(mark.read_text()) == _identity(run, sha256, settings)
+    )

@@ -74,7 +74,8 @@ class ResultRow:
     `method` is `fp32`, `fp32_control`, `rtn`, `gplq` or a peer's name. Floating-point weights have 32 bits:
     W32A4 is `weight_bits=32, activation_bits=4`. `effective_bits` counts 8-bit sites and compensation too.
     `variant` tells apart runs that differ in a setting, such as 'no mimicking'; `calibration_samples` are the images
-    that quantizers and weights were set on. A metric that ends in one of `BOUNDS`
+    that quantizers and weights were set on, `settings_sha256` tells whether the config or the data's lists have changed
+    since. A metric that ends in one of `BOUNDS`
     is a bound of the interval of its difference from FP32, which may be negative.
 
     Raises:
@@ -101,6 +102,7 @@ class ResultRow:
     versions: dict[str, str] = field(hash=False)
     variant: str = ''
     calibration_samples: int | None = None
+    settings_sha256: str | None = None
 
     def __post_init__(self) -> None:
         for name in ('benchmark', 'split', 'model', 'method', 'metric', 'command', 'commit'):

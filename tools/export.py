@@ -1,7 +1,8 @@
 """Write a quantized checkpoint as ONNX and see what ONNX Runtime and OpenVINO make of it.
 
-The file's outputs are compared with the model's on images of the config's validation data: how many codes of
-activations are equal, how many products the engine runs on integers by its own account, and, for a classifier, top-1.
+The file is compared with the model on images of the config's validation data: how many codes of activations are
+equal, how far the outputs differ, how many products the engine runs on integers by its own account, and, for a
+classifier, top-1.
 With --rounds the file is timed against the FP32 model in the same engine, and in bfloat16 where the engine computes
 that here, all in turn.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 import gplq
 from gplq.errors import CheckpointError, GPLQError
-from gplq.exported import codes_of, exported_twin
+from gplq.exported import exported_twin, outputs_and_codes
 from gplq.files import check_writable
 from gplq.onnx_graph import onnx_graph
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
@@ -122,21 +124,34 @@ def compare(
 ) -> dict[str, float]:
     """What the engine makes of the file: shares in percent, and for a classifier top-1 here and in PyTorch.
 
-    ``watching`` has the file with the codes of so many ``sites`` as its last outputs.
+    ``output_error`` is the root mean square of the outputs' differences from those on codes in PyTorch, in percent of
+    the outputs' own. ``watching`` has the file with the codes of so many ``sites`` as its last outputs; an engine may
+    run it otherwise than the file itself, whose outputs tell.
+
+    Raises:
+        GPLQError: if the file's sites are not those of the model.
     """
     right = theirs = equal = codes = labelled = 0
+    error = size = 0.0
     for images, labels in data:
-        for ours, found in zip(codes_of(twin, images), watching.run(images.numpy())[-sites:], strict=True):
-            equal += int((ours == torch.from_numpy(found)).sum())
-            codes += ours.numel()
+        outputs, ours = outputs_and_codes(twin, images)
+        if len(ours) != sites:
+            raise GPLQError(f'the file rounds {sites} times and the model {len(ours)} times: codes cannot be compared')
+        for mine, found in zip(ours, watching.run(images.numpy())[-sites:], strict=True):
+            equal += int((mine == torch.from_numpy(found)).sum())
+            codes += mine.numel()
+        given = [torch.from_numpy(found) for found in engine.run(images.numpy())]
+        error += sum(float((found - mine).double().square().sum()) for found, mine in zip(given, outputs, strict=True))
+        size += sum(float(mine.double().square().sum()) for mine in outputs)
         if labels is not None:
             with torch.no_grad():
                 right += int((model(images).argmax(1) == labels).sum())
-            theirs += int((torch.from_numpy(engine.run(images.numpy())[0]).argmax(1) == labels).sum())
+            theirs += int((given[0].argmax(1) == labels).sum())
             labelled += len(labels)
     figures = {
         'codes': codes,
         'equal_codes': 100 * equal / codes,
+        'output_error': 100 * math.sqrt(error / size) if size else 0.0,
         'integer_products': engine.integer,
         'float_products': engine.floating,
     }
@@ -173,6 +188,7 @@ def measure(args: argparse.Namespace, runner: Runner, data: list[Any]) -> None:
             figures = compare(engine, watching, sites, twin, model.get_submodule(args.part), data)
             print(f'{engine.name}: {engine.integer} products on integers, {engine.floating} in floating point')
             print(f'  codes equal to those in PyTorch: {figures["equal_codes"]:.4f} % of {figures["codes"]:,}')
+            print(f'  outputs differ from those in PyTorch by {figures["output_error"]:.4f} % of their size')
             if 'top1' in figures:
                 count = sum(len(images) for images, _ in data)
                 print(f'  top-1 {figures["top1"]:.2f} %, in PyTorch {figures["top1_torch"]:.2f} %, on {count} images')
@@ -227,8 +243,13 @@ def _row(args: argparse.Namespace, runner: Runner, kind: str, engine: str) -> Re
         command=repeat_command(),
         commit=commit(),
         versions=versions(),
-        variant=engine if kind in ('quantized', 'float32') else f'{engine}, {kind}',
+        variant=', '.join([engine, *([kind] if kind == 'bfloat16' else []), *_timed(args)]),
     )
+
+
+def _timed(args: argparse.Namespace) -> list[str]:
+    """What latencies depend on, so that tables keep them apart."""
+    return [f'batch of {args.batch}', f'threads: {args.threads}'] if args.rounds else []
 
 
 def main() -> None:

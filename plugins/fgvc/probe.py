@@ -32,6 +32,7 @@ from gplq.plugins.results import (
     rows_so_far,
     versions,
 )
+from gplq.plugins.settings_hash import settings_hash
 from gplq.record import Stage, is_prepared, record_of
 from gplq.size import effective_bits, float_bytes, packed_model_bytes
 
@@ -151,8 +152,10 @@ def probe(probes: Sequence[Probe], benchmark: str, model: str, output: Path) -> 
         raise ResultError(f'--output {output} is a folder; name a file for the rows')
     files = {(one.method == FP32, one.file): one for one in probes}
     sizes = {key: _size(one) for key, one in files.items()}
-    known = {row.command for row in rows_so_far(output) if row.metric == METRIC}
-    waiting = [one for one in probes if one.text not in known]
+    cfg = config_of(probes[0].config)
+    settings = settings_hash(cfg, str(cfg.get('data_root') or ''))
+    known = {(row.command, row.settings_sha256) for row in rows_so_far(output) if row.metric == METRIC}
+    waiting = [one for one in probes if (one.text, settings) not in known]
     print(f'{len(probes)} probes, {len(probes) - len(waiting)} of them done already; rows: {output}')
     for one in track_iter_progress(waiting) if waiting else ():
         print(f'\n{one.text}', flush=True)
@@ -175,6 +178,7 @@ def probe(probes: Sequence[Probe], benchmark: str, model: str, output: Path) -> 
             command=one.text,
             commit=commit(),
             versions=versions(),
+            settings_sha256=settings,
             **sizes[one.method == FP32, one.file],
         )
         append_row(output, row)

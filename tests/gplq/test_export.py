@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import gplq
 from gplq.errors import CalibrationError, StageError, TargetError, WriteError
-from gplq.exported import exported_twin
+from gplq.exported import exported_twin, outputs_and_codes
 from gplq.plugins.engines import ENGINES
 
 onnx = pytest.importorskip('onnx')
@@ -103,6 +103,62 @@ def test_products_of_codes_are_the_same_to_the_last_bit(engine: str, tmp_path: P
     with torch.no_grad():
         scores, _ = exported_twin(model)(x)
     assert torch.equal(torch.from_numpy(found), scores)
+
+
+class SeparateMaps(nn.Module):
+    """Queries, keys and values of three layers, which see the same input; values have a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+        with torch.no_grad():
+            self.v.bias += 3.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, 8)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return ((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def separate_maps(bits: str, **settings: Any) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model, x = SeparateMaps().eval(), torch.randn(16, 12, 16)
+    gplq.prepare(model, gplq.Recipe.gplq(int(bits[1]), int(bits[3]), **settings), x[:2])
+    gplq.calibrate(model, [x])
+    gplq.quantize_weights(model, [x])
+    return model, x
+
+
+@pytest.mark.parametrize('engine', ['onnxruntime', 'openvino'])
+@pytest.mark.parametrize('bits', ['w8a8', 'w4a8', 'w4a7'])
+def test_sums_of_eight_bit_codes_are_not_cut_off(engine: str, bits: str, tmp_path: Path) -> None:
+    """Flat attention maps times values of one sign are the largest sums; OpenVINO would add them in 16 bits."""
+    pytest.importorskip(engine)
+    model, x = separate_maps(bits)
+    path = tmp_path / 'model.onnx'
+    gplq.export(model, path, x[:2])
+    found = torch.from_numpy(ENGINES[engine](path).run(x.numpy())[0])
+    with torch.no_grad():
+        assert (found - exported_twin(model)(x)).abs().max() < 0.01
+        assert (found - model(x)).abs().max() < 0.05
+
+
+def test_sites_that_round_alike_are_one_in_the_file(tmp_path: Path) -> None:
+    model, x = separate_maps('w4a4', linear_input='tensor')
+    path = tmp_path / 'model.onnx'
+    gplq.export(model, path, x[:2])
+    nodes = [node.op_type for node in onnx.load(path).graph.node]
+    (output,), codes = outputs_and_codes(exported_twin(model), x)
+    # The layers' input, and two operands of each product.
+    assert nodes.count('QuantizeLinear') == len(codes) == 1 + 2 * 2
+    assert torch.allclose(output, Session(path)(x), atol=1e-5)
+
+
+def test_a_nan_is_named(quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path) -> None:
+    """An engine makes a code of it."""
+    model = quantized('w4a4')
+    model.get_submodule('blocks.0.norm1').weight.data[3] = float('nan')
+    with pytest.raises(TargetError, match=r'blocks.0.norm1.weight has a NaN'):
+        gplq.export(model, tmp_path / 'model.onnx', images[:2])
 
 
 @pytest.mark.parametrize(

@@ -135,13 +135,14 @@ def test_a_run_is_done_when_each_step_has_every_metric(make_runs: Callable[..., 
     run.work_dir.mkdir(parents=True)
     steps = [dict(step, step=name) for name in ('W32A3', 'W3A3')]
     (run.work_dir / 'gplq.json').write_text(json.dumps(steps))
-    rows = rows_of(run, ['top1', 'top5'], 'vit')
+    rows = rows_of(run, ['top1', 'top5'], 'vit', settings := 64 * 'a')
     sha256 = rows[0].checkpoint_sha256
-    assert run.is_done(['top1', 'top5'], sha256, rows)
-    assert run.is_done(['top1'], sha256, rows)
-    assert not run.is_done(['top1'], 64 * '0', rows)
+    assert run.is_done(['top1', 'top5'], sha256, settings, rows)
+    assert run.is_done(['top1'], sha256, settings, rows)
+    assert not run.is_done(['top1'], 64 * '0', settings, rows)
+    assert not run.is_done(['top1'], sha256, 64 * 'b', rows)
     # A run that was killed between two rows is not done.
-    assert not any(run.is_done(['top1', 'top5'], sha256, rows[:count]) for count in range(4))
+    assert not any(run.is_done(['top1', 'top5'], sha256, settings, rows[:count]) for count in range(4))
 
 
 def test_options_that_the_runs_differ_in_are_refused(make_runs: Callable[..., list[Run]]) -> None:

@@ -32,12 +32,17 @@ with open('calls.txt', 'a') as calls:
 """
 
 
+HOOK = "default_hooks = dict(gplq=dict(type='gplq.plugins.GPLQHook'))\n"
+
+
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     monkeypatch.chdir(tmp_path)
     Path('tools').mkdir()
     Path('tools/train.py').write_text(TRAIN)
     Path('calls.txt').touch()
+    Path('configs').mkdir()
+    Path('configs/a.py').write_text(HOOK)
     return lambda: Path('calls.txt').read_text().split()
 
 
@@ -81,6 +86,36 @@ def test_a_stage_whose_checkpoint_is_gone_is_trained_again_without_rows_of_its_o
     assert [(row.weight_bits, row.metric) for row in read_rows(output)] == [(32, 'top1'), (4, 'top1'), (2, 'top1')]
 
 
+def test_another_config_is_another_measurement(
+    calls: Callable[[], list[str]], make_runs: Callable[..., list[Run]]
+) -> None:
+    output = Path('rows.jsonl')
+    runs = make_runs(['fp32', 'rtn'], [4], [0], [''], task='classification')
+    for text in (HOOK, f'# A comment says nothing.\n{HOOK}', HOOK + 'default_hooks["gplq"]["mimicking"] = 10'):
+        Path('configs/a.py').write_text(text)
+        carry_out(runs, ['top1'], '/data', output)
+    assert calls() == 2 * ['fp32_w32_s0', 'rtn_w4_s0']
+    rows = read_rows(output)
+    assert len({row.settings_sha256 for row in rows}) == 2 and len(rows) == 4
+
+
+@pytest.mark.parametrize('what', ['checkpoint', 'config'])
+def test_a_stage_of_another_checkpoint_or_config_is_not_gone_on_with(
+    what: str, calls: Callable[[], list[str]], make_runs: Callable[..., list[Run]]
+) -> None:
+    """Its folder has the same name."""
+    output = Path('rows.jsonl')
+    first, second = make_runs(['gplq'], [4, (2, 4)], [0], [''], task='classification')
+    carry_out([first], ['top1'], '/data', output)
+    place = Path(first.checkpoint if what == 'checkpoint' else first.config)
+    before = place.read_text()
+    place.write_text(f'{HOOK}other = 1')
+    carry_out([first], ['top1'], '/data', output)
+    place.write_text(before)
+    carry_out([first, second], ['top1'], '/data', output)
+    assert calls() == [*3 * ['gplq_w4_s0'], 'gplq_w2a4_s0']
+
+
 def test_a_failed_run_says_why_and_keeps_the_rows_so_far(
     calls: Callable[[], list[str]], make_runs: Callable[..., list[Run]]
 ) -> None:
@@ -111,9 +146,6 @@ def test_the_last_words_of_a_log_are_the_reason_where_no_error_is_named(
     Path('tools/train.py').unlink()
     with pytest.raises(ResultError, match='start this program from the repository'):
         carry_out(runs, ['top1'], '/data', Path('rows.jsonl'))
-
-
-HOOK = "default_hooks = dict(gplq=dict(type='gplq.plugins.GPLQHook'))\n"
 
 
 def test_task_and_model_are_read_from_the_config(tmp_path: Path) -> None:

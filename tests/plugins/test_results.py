@@ -70,7 +70,7 @@ def test_fields_are_those_of_the_design() -> None:
     names = (
         'benchmark, split, model, scope, checkpoint_sha256, method, weight_bits, activation_bits, '
         'effective_bits, seed, metric, value, minutes, peak_memory_mb, artifact_bytes, command, commit, '
-        'versions, variant, calibration_samples'
+        'versions, variant, calibration_samples, settings_sha256'
     )
     assert list(ResultRow.__dataclass_fields__) == names.split(', ')
 
