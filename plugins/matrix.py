@@ -50,7 +50,7 @@ def settings_of(config: str, method: str, options: dict[str, str]) -> dict[str, 
 
 
 def rows_of_runs(runs: Sequence[Run], rows: Sequence[ResultRow], sha256: str) -> list[ResultRow]:
-    """The rows that these runs and their intervals have, the last ones where there are several.
+    """The rows that these runs and their intervals have: the last figures, and the bounds behind them.
 
     Rows of intervals repeat what they are of, but for the command.
     """
@@ -59,6 +59,10 @@ def rows_of_runs(runs: Sequence[Run], rows: Sequence[ResultRow], sha256: str) ->
     for row in rows:
         key = (row.method, row.variant, row.weight_bits, row.activation_bits, row.seed, row.split)
         if key in keys and row.checkpoint_sha256 == sha256:
+            if not row.metric.endswith(BOUNDS):
+                # What was measured anew has no interval until that was, too.
+                for end in BOUNDS:
+                    mine.pop((key, row.metric + end), None)
             mine[key, row.metric] = row
     return list(mine.values())
 

@@ -50,6 +50,9 @@ def test_rows_are_those_of_the_runs_and_the_last_of_each(make_runs: Callable[...
     interval = replace(found[1], metric='top1_low', value=-1.0, command='python tools/bootstrap.py')
     mine = rows_of_runs(runs, [*found, *foreign, again, interval], sha256)
     assert mine == [found[0], again, *found[2:], interval]
+    # Measured anew, a figure has no interval until that is too.
+    later = replace(again, value=78.0)
+    assert rows_of_runs(runs, [*found, interval, later], sha256) == [found[0], later, *found[2:]]
 
 
 def test_csv_has_a_line_a_step_with_its_interval_and_cost(make_runs: Callable[..., list[Run]], rows: Rows) -> None:
