@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_type_hints
 
-import timm
+import numpy as np
 import torch
-from mmengine.logging import print_log
 from mmengine.model import BaseModel, ImgDataPreprocessor
-from safetensors import SafetensorError, safe_open
 from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import gplq
-from gplq.errors import CheckpointError, DataError, RecipeError, StageError
-from gplq.plugins.checkpoint_file import check_depth
-from gplq.plugins.pretrained import read_state_dict
-from gplq.plugins.timm_weights import BACKBONE, check_model_name, fit_timm_state, made_by_timm
-from gplq.plugins.type_name import pretrained_source
-from gplq.record import forget
+from gplq.errors import DataError, RecipeError
+from gplq.plugins.fgvc.initial_weights import take_initial_weights
+from gplq.plugins.timm_weights import check_model_name, made_by_timm
 from gplq.typecheck import check_types
 
 __all__ = ['TimmClassifier']
@@ -98,11 +90,7 @@ class TimmClassifier(BaseModel):
         self.label_smoothing = label_smoothing
         self.mixup = None
         if mixup is not None:
-            options = {'label_smoothing': label_smoothing, 'num_classes': num_classes, **mixup}
-            try:
-                self.mixup = Mixup(**options)
-            except (TypeError, ValueError, AssertionError) as error:
-                raise RecipeError(f'TimmClassifier: timm does not take mixup={mixup}: {error}') from error
+            self.mixup = _mixup(num_classes, label_smoothing, mixup)
         self.frozen = frozen
         if frozen:
             self.backbone.requires_grad_(False)
@@ -110,52 +98,8 @@ class TimmClassifier(BaseModel):
 
     def init_weights(self) -> None:
         """Read the file of `init_cfg`; timm has initialized the backbone otherwise."""
-        if self.init_cfg is None:
-            if self.pretrained:
-                self._take(self._fetched(), f'{self.model_name} of timm')
-            return
-        if isinstance(self.init_cfg, dict) and self.init_cfg.get('type') == 'Quantized':
-            if 'checkpoint' not in self.init_cfg:
-                raise RecipeError("TimmClassifier: init_cfg=dict(type='Quantized') names no file; add checkpoint=PATH")
-            self._take_quantized(self.init_cfg['checkpoint'])
-            return
-        source = pretrained_source(self.init_cfg)
-        if source is None:
+        if not take_initial_weights(self):
             super().init_weights()
-            return
-        self._take(read_state_dict(source), source)
-
-    def _fetched(self) -> Mapping[str, Tensor]:
-        try:
-            whole = timm.create_model(self.model_name, pretrained=True, **self.model_args)
-        except Exception as error:  # a download fails in any way
-            reason = f'{type(error).__name__}: {error}'.splitlines()[0]
-            raise CheckpointError(
-                f'timm cannot fetch the weights of {self.model_name} ({reason}); without network give a file: '
-                "init_cfg=dict(type='Pretrained', checkpoint=PATH)"
-            ) from error
-        state: Mapping[str, Tensor] = whole.state_dict()
-        return state
-
-    def _take(self, state: Mapping[str, Tensor], source: str) -> None:
-        """Weights of a timm classifier or of this class."""
-        for name, tensor in state.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise CheckpointError(
-                    f'{source}: {name} holds NaN or infinite values, so nothing can be learned from it'
-                )
-        check_depth(self.backbone, [name.removeprefix(BACKBONE) for name in state], source)
-        self.backbone.load_state_dict(fit_timm_state(self.backbone, state, source))
-        # Probes of several backbones differ in these alone.
-        head = None if self.frozen else self._head_in(state, source)
-        if head is not None:
-            self.head.load_state_dict(head)
-            if not any(name.startswith(BACKBONE) for name in state):
-                self._check_logits(state, source)
-        print_log(
-            f'TimmClassifier: backbone from {source}, head {"as well" if head else "fresh"}',
-            logger='current',
-        )
 
     def train(self, mode: bool = True) -> TimmClassifier:
         """Training mode; a frozen backbone stays as evaluation runs it."""
@@ -232,68 +176,21 @@ class TimmClassifier(BaseModel):
             for row, label, name in zip(scores, labels, names, strict=True)
         ]
 
-    def _check_logits(self, state: Mapping[str, Tensor], source: str) -> None:
-        """Compare with timm's own classifier: some have two heads, or more than a Linear in one.
 
-        Raises:
-            CheckpointError: if the logits differ.
-        """
-        whole = timm.create_model(self.model_name, num_classes=self.head.out_features, **self.model_args)
-        whole.load_state_dict(fit_timm_state(whole, state, source))
-        shape = 1, int(self.model_args.get('in_chans', 3)), *self.backbone.img_size
-        image = torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
-        training = self.training
-        with torch.no_grad():
-            ours, theirs = self.eval().cpu()(image), whole.eval()(image)
-        self.train(training)
-        if not torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3):
-            raise self._other_head(source)
-
-    def _other_head(self, source: str) -> CheckpointError:
-        return CheckpointError(
-            f'TimmClassifier: the head of {self.model_name} is more than one Linear on pooled features, so '
-            f'{source} would lose some of it; take a model with a plain head, or train a fresh one (num_classes)'
-        )
-
-    def _take_quantized(self, path: str) -> None:
-        if not self.frozen:
-            raise StageError(f'{path} holds rounded weights, which cannot be trained: set frozen=True')
-        fresh = self.head
-        self.head = nn.Linear(fresh.in_features, _classes_in(path))
-        gplq.load(self, path)
-        # The classes of another data set: a head of its own, in floating point.
-        self.head = fresh
-        forget(self, 'head')
-        print_log(f'TimmClassifier: quantized backbone from {path}, head fresh', logger='current')
-
-    def _head_in(self, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor] | None:
-        """Weight and bias of the head, where the file has one of these classes.
-
-        Raises:
-            CheckpointError: what the file has for these classes is no such head.
-        """
-        backbone: Any = self.backbone
-        classifier = backbone.pretrained_cfg.get('classifier', 'head')
-        names = [classifier] if isinstance(classifier, str) else list(classifier)
-        for name in ('head', *names):
-            found = {part: state.get(f'{name}.{part}') for part in ('weight', 'bias')}
-            if all(tensor is not None and tensor.shape == getattr(self.head, n).shape for n, tensor in found.items()):
-                return {part: tensor for part, tensor in found.items() if tensor is not None}
-        # A head on several vectors of features, say.
-        if any(len(state[f'{n}.weight']) == self.num_classes for n in names if f'{n}.weight' in state):
-            raise self._other_head(source)
-        return None
-
-
-def _classes_in(path: str) -> int:
-    """Outputs of the head in a file that `gplq.save` wrote."""
-    if not Path(path).is_file():
-        raise CheckpointError(f'{path} does not exist')
+def _mixup(num_classes: int, label_smoothing: float, options: dict[str, Any]) -> Mixup:
+    if 'num_classes' in options:
+        raise RecipeError('TimmClassifier: num_classes is an argument of its own, leave it out of mixup')
+    drawn = np.random.get_state()
     try:
-        with safe_open(path, framework='pt') as file:
-            return int(file.get_slice('head.bias').get_shape()[0])
-    except SafetensorError as error:
-        raise CheckpointError(f'{path} holds no quantized TimmClassifier ({error})') from None
+        mixup = Mixup(**{'label_smoothing': label_smoothing, 'num_classes': num_classes, **options})
+        # It reads some of its options when it mixes.
+        mixup(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))
+    except Exception as error:
+        reason = f'{type(error).__name__}: {error}'
+        raise RecipeError(f'TimmClassifier: timm does not take mixup={options}: {reason}') from error
+    finally:
+        np.random.set_state(drawn)
+    return mixup
 
 
 def _input_size(model: nn.Module, model_args: Mapping[str, Any]) -> tuple[int, int]:

@@ -190,6 +190,9 @@ def test_unknown_model_is_named() -> None:
         (dict(num_classes=2, drop_rate=2.0), r'drop_rate=2.0 must be in \[0, 1\)'),
         (dict(num_classes=2, label_smoothing=1.0), r'label_smoothing=1.0 must be in \[0, 1\)'),
         (dict(num_classes=2, mixup=dict(mixup_alpa=1.0)), "timm does not take mixup={'mixup_alpa': 1.0}: .*mixup_alpa"),
+        (dict(num_classes=2, mixup=dict(mixup_alpha=0.0)), 'timm does not take mixup={.*}: AssertionError'),
+        (dict(num_classes=2, mixup=dict(mixup_alpha='a')), 'timm does not take mixup={.*}: TypeError'),
+        (dict(num_classes=2, mixup=dict(num_classes=7)), 'leave it out of mixup'),
         (dict(num_classes=2, model_args=dict(imgsize=32)), 'timm cannot make mobilenetv3_small_050 with .*imgsize'),
     ],
 )
