@@ -40,7 +40,14 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
     for key in ('state_dict', 'model'):
         if isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
-    return {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+    state = {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+    for name, value in state.items():
+        if not isinstance(name, str) or value.layout is not torch.strided or value.is_complex():
+            raise CheckpointError(
+                f'{path} holds a {value.layout} tensor of {value.dtype} under {name!r}, which is no weight of a model; '
+                'save its state_dict'
+            )
+    return state
 
 
 def _read_safetensors(path: str) -> dict[str, Any]:
@@ -68,6 +75,8 @@ def fit_backbone_state(backbone: nn.Module, state: Mapping[str, Tensor], source:
         if name not in state:
             raise CheckpointError(f'{source} has no {name}; is it the checkpoint of another architecture?')
         fitted[name] = _resized(name, state[name], wanted, grid)
+        if wanted.is_floating_point() and not fitted[name].is_floating_point():
+            raise CheckpointError(f'{source}: {name} holds {fitted[name].dtype}, not numbers in floating point')
         if fitted[name].shape != wanted.shape:
             placed = 'pos' in name or 'attention_bias' in name
             reason = 'such positions cannot be resized' if placed else 'is it the checkpoint of another architecture?'

@@ -99,7 +99,12 @@ class TimmClassifier(BaseModel):
     def init_weights(self) -> None:
         """Read the file of `init_cfg`; timm has initialized the backbone otherwise."""
         if not take_initial_weights(self):
-            super().init_weights()
+            try:
+                super().init_weights()
+            except Exception as error:
+                # mmengine's own initializers, which check their settings by using them.
+                reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+                raise RecipeError(f'TimmClassifier: mmengine cannot use init_cfg={self.init_cfg} ({reason})') from error
 
     def train(self, mode: bool = True) -> TimmClassifier:
         """Training mode; a frozen backbone stays as evaluation runs it."""
@@ -118,8 +123,19 @@ class TimmClassifier(BaseModel):
                 f'TimmClassifier: images are {size} in height and width and {self.model_name} is made for '
                 f'{self.backbone.img_size}: set model_args=dict(img_size={size}), or resize in the pipeline'
             )
+        channels = self.model_args.get('in_chans', 3)
+        if inputs.shape[1] != channels:
+            raise DataError(
+                f'TimmClassifier: images have {inputs.shape[1]} channels and {self.model_name} is made for {channels}: '
+                f'set model_args=dict(in_chans={inputs.shape[1]}), or change the pipeline'
+            )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features: Tensor = self.backbone(inputs)
+        if features.ndim != 2:
+            raise RecipeError(
+                f'TimmClassifier: {self.model_name} with {self.model_args} gives features of {tuple(features.shape)}, '
+                'which are not pooled to one vector an image: leave global_pool out of model_args'
+            )
         return features
 
     def logits(self, inputs: Tensor) -> Tensor:

@@ -93,6 +93,25 @@ def test_weights_of_a_quantized_model_are_no_fp32_weights(tmp_path: Path) -> Non
         build(path)
 
 
+@pytest.mark.parametrize(
+    ('name', 'value', 'message'),
+    [
+        (3, torch.zeros(2), 'under 3, which is no weight'),
+        ('norm.bias', torch.zeros(12).to_sparse(), "a torch.sparse_coo tensor of torch.float32 under 'norm.bias'"),
+        ('norm.bias', torch.zeros(12, dtype=torch.complex64), "of torch.complex64 under 'norm.bias'"),
+        (
+            'blocks.0.norm1.bias',
+            torch.zeros(12, dtype=torch.int8),
+            'norm1.bias holds torch.int8, not numbers in floating point',
+        ),
+    ],
+)
+def test_tensors_that_are_no_weights(name: object, value: torch.Tensor, message: str, tmp_path: Path) -> None:
+    torch.save({'state_dict': {**classifier().state_dict(), name: value}}, tmp_path / 'odd.pth')
+    with pytest.raises(CheckpointError, match=message):
+        build(tmp_path / 'odd.pth')
+
+
 class Foreign:
     def __reduce__(self) -> tuple:
         return (Path.touch, (Path('executed'),))

@@ -72,6 +72,23 @@ def test_the_first_blocks_of_a_deeper_model_are_refused(
         model.init_weights()
 
 
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [(dict(in_chans=1), 'images have 3 channels .* made for 1'), (dict(global_pool=''), 'not pooled to one vector')],
+)
+def test_models_that_do_not_take_or_give_what_they_should(settings: dict[str, Any], message: str) -> None:
+    model = TimmClassifier('vit_tiny_patch16_224', num_classes=5, model_args={**VIT, **settings})
+    with pytest.raises((DataError, RecipeError), match=message):
+        model(torch.rand(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize('init_cfg', [dict(type='Pretraind'), [dict(type='Pretrained', checkpoint='none.pth')]])
+def test_an_init_cfg_that_mmengine_cannot_use(init_cfg: Any) -> None:
+    model = TimmClassifier('vit_tiny_patch16_224', num_classes=5, model_args=VIT, init_cfg=init_cfg)
+    with pytest.raises(RecipeError, match='mmengine cannot use init_cfg'):
+        model.init_weights()
+
+
 def test_loss_and_predictions() -> None:
     model = TimmClassifier('vit_tiny_patch16_224', num_classes=5, model_args=VIT, label_smoothing=0.1).eval()
     x, labels = torch.rand(3, 3, 32, 32), [4, 0, 2]
@@ -157,7 +174,7 @@ def test_weights_for_other_channels_and_other_shapes_of_images(tmp_path: Path) -
     ours, own = model.backbone.pos_embed, classifier.pos_embed
     assert torch.equal(ours[:, 0], own[:, 0])
     grid = own[:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
-    expected = F.interpolate(grid, size=(4, 8), mode='bicubic').permute(0, 2, 3, 1).reshape(1, 32, 24)
+    expected = F.interpolate(grid, size=(4, 8), mode='bicubic', antialias=True).permute(0, 2, 3, 1).reshape(1, 32, 24)
     assert torch.allclose(ours[:, 1:], expected, atol=1e-6)
 
 
