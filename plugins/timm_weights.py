@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
+from timm.layers import resample_abs_pos_embed
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
@@ -62,12 +63,29 @@ def fit_timm_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -
     names = {_flat(name): name for name in own}
     renamed = {names.get(_flat(name), name): value for name, value in inside_backbone(state).items()}
     resized = {name: _with_windows_of(own, name, value) for name, value in renamed.items()}
+    resized = {name: _with_positions_of(model, own, name, value) for name, value in resized.items()}
     return fit_backbone_state(model, resized, source)
 
 
 def _flat(name: str) -> str:
     """Name a tensor alike in a classifier and in timm's feature model, whose `layers.0` is `layers_0`."""
     return name.removeprefix('model.').replace('.', '_')
+
+
+def _with_positions_of(model: Any, own: Mapping[str, Tensor], name: str, value: Tensor) -> Tensor:
+    """Resize positions (1, tokens, C) of a square as timm does, so that a file and `pretrained=True` give one model."""
+    if name.rpartition('.')[2] != 'pos_embed' or name not in own or value.ndim != 3 or own[name].ndim != 3:
+        return value
+    # A feature model holds the one that it was made of.
+    grid = getattr(getattr(getattr(model, 'model', model), 'patch_embed', None), 'grid_size', None)
+    if grid is None or value.shape[1] == own[name].shape[1]:
+        return value
+    # The class token and the like.
+    prefix = own[name].shape[1] - math.prod(grid)
+    tokens = value.shape[1] - prefix
+    if prefix < 0 or tokens < 1 or math.isqrt(tokens) ** 2 != tokens:
+        return value
+    return resample_abs_pos_embed(value, new_size=list(grid), num_prefix_tokens=prefix)
 
 
 def _with_windows_of(own: Mapping[str, Tensor], name: str, value: Tensor) -> Tensor:
