@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torchvision.datasets
 
-from gplq.errors import DataError, RecipeError
+from gplq.errors import DataError, GPLQError, RecipeError
+from gplq.typecheck import check_types
 
 from .image_dataset import ImageDataset
 
@@ -48,28 +49,33 @@ class TorchvisionDataset(ImageDataset):
         data_root: what torchvision calls `root`.
         split: as torchvision names it; `ImageFolder` takes the folder of this name, where it is given.
         download: let torchvision fetch what it can.
-        options: the class's other arguments, such as `dict(annotation_level='family')`.
+        options: the class's other arguments, such as `dict(annotation_level='family')`; targets are one class each.
 
     Raises:
         DataError: the files are not there; the message says where they come from and how they must lie.
+        RecipeError: a setting is of the wrong type or not supported.
     """
 
     def __init__(
         self,
         name: str,
-        data_root: str,
+        data_root: str | Path,
         split: str | None = None,
         download: bool = False,
         options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        settings = dict(name=name, data_root=data_root, split=split, download=download, options=options)
+        check_types(settings, get_type_hints(TorchvisionDataset.__init__), 'TorchvisionDataset: ')
         if name not in SOURCES:
             raise DataError(f'TorchvisionDataset: {name!r} is none of {sorted(SOURCES)}')
         self.name = name
         self.listing = self._listing(Path(data_root), split, download, options or {})
         classes = getattr(self.listing, 'classes', None)
         if classes is not None:
-            kwargs.setdefault('metainfo', {'classes': tuple(map(str, classes))})
+            # ImageNet has several names for a class.
+            names = tuple(entry if isinstance(entry, str) else str(entry[0]) for entry in classes)
+            kwargs.setdefault('metainfo', {'classes': names})
         super().__init__(data_root=data_root, **kwargs)
 
     def load_data_list(self) -> list[dict[str, Any]]:
@@ -94,6 +100,11 @@ class TorchvisionDataset(ImageDataset):
         kind = getattr(torchvision.datasets, self.name)
         arguments = dict(options)
         known = inspect.signature(kind).parameters
+        if options.get('target_types', 'category') not in ('category', ['category'], ('category',)):
+            raise RecipeError(
+                f"TorchvisionDataset: {self.name} is read with target_types='category', the breeds, not with "
+                f'{options["target_types"]!r}: leave target_types out'
+            )
         if self.name == 'ImageFolder':
             train, root = root / 'train', root / split if split else root
             if split and train.is_dir() and root.is_dir():
@@ -104,6 +115,7 @@ class TorchvisionDataset(ImageDataset):
                         f'{root} and {train} do not have the same classes, such as {differing[:3]}, which would number '
                         'them differently: make empty folders for those without images'
                     )
+            _check_hidden(root)
             arguments.setdefault('allow_empty', True)
         elif split is not None:
             arguments['split'] = split
@@ -116,7 +128,15 @@ class TorchvisionDataset(ImageDataset):
         if self.name != 'OxfordIIITPet':
             arguments['loader'] = str
         try:
-            return kind(root, **arguments)
+            if self.name != 'ImageNet':
+                return kind(root, **arguments)
+            _check_wnids(root, split or 'train')
+            listing = kind(root, **arguments)
+            # It may have unpacked archives just now.
+            _check_wnids(root, split or 'train')
+            return listing
+        except GPLQError:
+            raise
         except Exception as error:  # its readers of lists raise anything
             reason = ' '.join(str(error).split())
             if isinstance(error, ValueError) and 'split' in reason:
@@ -130,6 +150,28 @@ class TorchvisionDataset(ImageDataset):
 def _how(name: str, root: str | Path) -> str:
     where, how = SOURCES[name]
     return f'get it from {where} and lay it out as {root}/{how}'
+
+
+def _check_hidden(root: Path) -> None:
+    """Refuse what an editor or a system left there: torchvision counts it as a class, before all others."""
+    hidden = sorted(name for name in (_folders(root) if root.is_dir() else ()) if name.startswith('.'))
+    if hidden:
+        raise DataError(f'{root} holds the hidden folder {hidden[0]}, which torchvision counts as a class: remove it')
+
+
+def _check_wnids(root: Path, split: str) -> None:
+    """Refuse folders other than those of the list: torchvision numbers the classes of each split by itself."""
+    folder = root / split
+    if not folder.is_dir() or not (root / 'meta.bin').is_file():
+        return
+    listed = set(torchvision.datasets.imagenet.load_meta_file(root)[0])
+    differing = sorted(listed ^ _folders(folder))
+    if differing:
+        raise DataError(
+            f'{folder} has {len(_folders(folder))} folders and {root}/meta.bin {len(listed)} classes; they differ in '
+            f'{differing[:3]}, which would number the others anew: complete or clear the folder, or read some of '
+            "ImageNet's classes with name='ImageFolder'"
+        )
 
 
 def _folders(root: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
 from mmengine.hooks import Hook
@@ -28,25 +29,56 @@ def check_batches(loader: Any) -> None:
 
 
 class DataHook(Hook):
-    """Refuses training without a batch, and more classes in the data than a classifier's head has outputs."""
+    """Refuses training without a batch, and classes that training, validation and a classifier's head number apart."""
 
     priority = 'VERY_HIGH'
 
     def before_train(self, runner: Runner) -> None:
         check_batches(runner.train_loop.dataloader)
-        for name, loop in (('train', runner.train_loop), ('val', runner.val_loop)):
-            if loop is not None:
-                _check_classes(model_of(runner), loop.dataloader.dataset, name)
+        train = runner.train_loop.dataloader.dataset
+        _check_outputs(model_of(runner), train, 'train')
+        if runner.val_loop is not None:
+            val = runner.val_loop.dataloader.dataset
+            _check_outputs(model_of(runner), val, 'val')
+            _check_same(_classes(train), _classes(val))
+
+    def before_val(self, runner: Runner) -> None:
+        # A validation without training.
+        _check_outputs(model_of(runner), runner.val_loop.dataloader.dataset, 'val')
 
     def before_test(self, runner: Runner) -> None:
-        _check_classes(model_of(runner), runner.test_loop.dataloader.dataset, 'test')
+        _check_outputs(model_of(runner), runner.test_loop.dataloader.dataset, 'test')
 
 
-def _check_classes(model: Any, dataset: Any, name: str) -> None:
-    outputs = getattr(model, 'num_classes', None)
+def _classes(dataset: Any) -> tuple[str, ...] | None:
     classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
-    if isinstance(outputs, int) and classes is not None and len(classes) > outputs:
-        raise DataError(
-            f'{name}_dataloader has {len(classes)} classes and {type(model).__name__} num_classes={outputs}: set '
-            f'model.num_classes={len(classes)}'
-        )
+    return None if classes is None else tuple(classes)
+
+
+def _check_same(train: tuple[str, ...] | None, val: tuple[str, ...] | None) -> None:
+    if train is None or val is None or train == val:
+        return
+    number, (ours, theirs) = next(
+        (number, pair) for number, pair in enumerate(zip_longest(train, val)) if pair[0] != pair[1]
+    )
+    told = [repr(name) if name is not None else 'missing' for name in (ours, theirs)]
+    raise DataError(
+        f'train_dataloader and val_dataloader number their classes differently: class {number} is {told[0]} in the one '
+        f'and {told[1]} in the other, of {len(train)} and {len(val)}; name all classes in both, in the same order, '
+        'also those without images'
+    )
+
+
+def _check_outputs(model: Any, dataset: Any, name: str) -> None:
+    # Detectors have theirs elsewhere, and some find classes that they were not trained on.
+    outputs, classes = getattr(model, 'num_classes', None), _classes(dataset)
+    if not isinstance(outputs, int) or classes is None or len(classes) == outputs:
+        return
+    found = f'{name}_dataloader has {len(classes)} classes and {type(model).__name__} num_classes={outputs}'
+    if len(classes) > outputs:
+        raise DataError(f'{found}: set model.num_classes={len(classes)}')
+    # Data that lacks some may number the others anew.
+    raise DataError(
+        f'{found}: their numbers may mean other classes; name all {outputs} in the data, also those without images, or '
+        f'train a head of its own with model.num_classes={len(classes)}'
+    )

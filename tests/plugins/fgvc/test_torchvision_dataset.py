@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def imagenet(root: Path) -> None:
 
     draw(root / 'val' / 'n02' / '1.JPEG')
     draw(root / 'val' / 'n01' / '2.JPEG')
-    torch.save(({'n01': ('tench',), 'n02': ('goldfish',)}, []), root / 'meta.bin')
+    torch.save(({'n01': ('tench', 'Tinca tinca'), 'n02': ('goldfish',)}, []), root / 'meta.bin')
 
 
 MINIATURES: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -157,3 +158,42 @@ def test_splits_of_other_classes_are_refused(tmp_path: Path) -> None:
         TorchvisionDataset('ImageFolder', str(tmp_path), split='val')
     (tmp_path / 'val' / 'bee').mkdir()
     assert TorchvisionDataset('ImageFolder', str(tmp_path), split='val').metainfo['classes'] == ('ant', 'bee')
+    (tmp_path / 'val' / '.ipynb_checkpoints').mkdir()
+    (tmp_path / 'train' / '.ipynb_checkpoints').mkdir()
+    with pytest.raises(DataError, match='val holds the hidden folder .ipynb_checkpoints, which .* remove it'):
+        TorchvisionDataset('ImageFolder', str(tmp_path), split='val')
+
+
+@pytest.mark.parametrize(
+    ('change', 'differing'), [('n02', r"1 folders .* 2 classes; they differ in \['n02'\]"), ('+n03', r"\['n03'\]")]
+)
+def test_a_part_of_imagenets_folders_is_refused(change: str, differing: str, tmp_path: Path) -> None:
+    imagenet(tmp_path)
+    assert TorchvisionDataset('ImageNet', str(tmp_path), split='val').metainfo['classes'] == ('tench', 'goldfish')
+    if change == 'n02':
+        shutil.rmtree(tmp_path / 'val' / 'n02')
+    else:
+        draw(tmp_path / 'val' / 'n03' / '3.JPEG')
+    with pytest.raises(DataError, match=f"{differing}.*name='ImageFolder'"):
+        TorchvisionDataset('ImageNet', str(tmp_path), split='val')
+
+
+@pytest.mark.parametrize('kinds', ['binary-category', 'segmentation', ['category', 'segmentation']])
+def test_targets_other_than_breeds_are_refused(kinds: Any, tmp_path: Path) -> None:
+    pets(tmp_path)
+    TorchvisionDataset('OxfordIIITPet', str(tmp_path), split='test', options=dict(target_types='category'))
+    with pytest.raises(RecipeError, match="OxfordIIITPet is read with target_types='category'.* not with .*leave"):
+        TorchvisionDataset('OxfordIIITPet', str(tmp_path), split='test', options=dict(target_types=kinds))
+
+
+@pytest.mark.parametrize(
+    ('settings', 'told'),
+    [
+        (dict(data_root=None), 'data_root must be a string or a Path, got None'),
+        (dict(options='family'), "options must be a dict or None, got 'family'"),
+        (dict(split=1), 'split must be a string or None, got 1'),
+    ],
+)
+def test_settings_of_other_types(settings: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=f'TorchvisionDataset: {told}'):
+        TorchvisionDataset(**{'name': 'Food101', 'data_root': str(tmp_path), **settings})
