@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from gplq.errors import DataError
+from gplq.typecheck import check_types
 
 from .image_dataset import ImageDataset
 
@@ -18,6 +19,8 @@ HOW = (
     'CUB-200-2011 comes from https://www.vision.caltech.edu/datasets/cub_200_2011/ (CUB_200_2011.tgz); data_root is '
     'the unpacked folder with images.txt, image_class_labels.txt, train_test_split.txt, classes.txt and images/'
 )
+# Of any number in the lists.
+_DIGITS = 18
 
 
 class CUBDataset(ImageDataset):
@@ -26,25 +29,28 @@ class CUBDataset(ImageDataset):
     Args:
         data_root: the folder that holds these files.
         split: `train` and `test` are those of `train_test_split.txt`; other names are looked up in `split_file`.
-        split_file: names a split for images, `NUMBER NAME` a line; those it does not list are none of its splits.
+        split_file: names a split for each image that is not for training, `NUMBER NAME` a line.
         crop: give the pipeline the birds' boxes, to which `LoadImage` cuts.
 
     Raises:
         DataError: a file is missing or damaged; the message says where the data comes from and how it must lie.
+        RecipeError: a setting is of the wrong type.
     """
 
     def __init__(
         self,
-        data_root: str,
+        data_root: str | Path,
         split: str = 'train',
         split_file: str | None = None,
         crop: bool = False,
         **kwargs: Any,
     ) -> None:
+        settings = dict(data_root=data_root, split=split, split_file=split_file, crop=crop)
+        check_types(settings, get_type_hints(CUBDataset.__init__), 'CUBDataset: ')
         self.split = split
         self.split_file = split_file
         self.crop = crop
-        kwargs.setdefault('metainfo', {'classes': self._classes(Path(data_root))})
+        kwargs['metainfo'] = {'classes': self._classes(Path(data_root)), **(kwargs.get('metainfo') or {})}
         super().__init__(data_root=data_root, **kwargs)
 
     @staticmethod
@@ -66,9 +72,8 @@ class CUBDataset(ImageDataset):
             path = root / 'images' / paths[number]
             if not path.is_file():
                 raise DataError(f'{path} is missing; {HOW}')
-            if not labels[number].isdecimal():
-                raise DataError(f'{root}: image_class_labels.txt has {labels[number]!r} for image {number}, no number')
-            sample: dict[str, Any] = {'img_path': str(path), 'gt_label': int(labels[number]) - 1}
+            label = _label(root, number, labels[number], len(self.metainfo['classes']))
+            sample: dict[str, Any] = {'img_path': str(path), 'gt_label': label}
             if self.crop:
                 sample['box'] = _box(root, number, boxes.get(number, ''))
             samples.append(sample)
@@ -76,12 +81,6 @@ class CUBDataset(ImageDataset):
 
     def _chosen(self, root: Path, paths: Mapping[str, str]) -> list[str]:
         held = _table(root / 'train_test_split.txt')
-        named = _table(root / self.split_file) if self.split_file else {}
-        if self.split in named.values():
-            return [number for number, name in named.items() if name == self.split]
-        if self.split not in ('train', 'test'):
-            known = sorted({'train', 'test', *named.values()})
-            raise DataError(f'{root} has no split {self.split!r}, it has {known}')
         wrong = [f'{number} {flag}' for number, flag in held.items() if flag not in ('0', '1')]
         if wrong:
             raise DataError(
@@ -93,12 +92,40 @@ class CUBDataset(ImageDataset):
                 f'{root}: train_test_split.txt says nothing of {len(without)} of {len(paths)} images, such as number '
                 f'{without[0]}; {HOW}'
             )
+        named = self._named(root, held) if self.split_file else {}
+        if self.split in named.values():
+            return [number for number, name in named.items() if name == self.split]
+        if self.split not in ('train', 'test'):
+            known = sorted({'train', 'test', *named.values()})
+            raise DataError(f'{root} has no split {self.split!r}, it has {known}')
         return [number for number, flag in held.items() if flag == str(int(self.split == 'train'))]
+
+    def _named(self, root: Path, held: Mapping[str, str]) -> dict[str, str]:
+        """The splits of what is held out, all of it and nothing else: a list that was cut off is still a list."""
+        named = _table(root / str(self.split_file))
+        out = {number for number, flag in held.items() if flag == '0'}
+        for numbers, what in ((out - set(named), 'says nothing of'), (set(named) - out, 'has also')):
+            if numbers:
+                raise DataError(
+                    f'{root}: {self.split_file} {what} {len(numbers)} images, such as number {min(numbers, key=int)}; '
+                    f'it must name a split for each of the {len(out)} with 0 in train_test_split.txt, and for no other'
+                )
+        return named
 
     @staticmethod
     def _classes(root: Path) -> tuple[str, ...]:
         names = _table(root / 'classes.txt')
         return tuple(names[number].partition('.')[2] or names[number] for number in sorted(names, key=int))
+
+
+def _label(root: Path, number: str, text: str, classes: int) -> int:
+    # The number of digits first: Python reads no numbers of thousands.
+    if not text.isdecimal() or len(text) > _DIGITS or not 1 <= int(text) <= classes:
+        raise DataError(
+            f'{root}: image_class_labels.txt has {text[:40]!r} for image {number}, no number from 1 to {classes} as '
+            'classes.txt has them'
+        )
+    return int(text) - 1
 
 
 def _box(root: Path, number: str, text: str) -> list[float]:
@@ -120,9 +147,10 @@ def _table(path: Path) -> dict[str, str]:
     except UnicodeDecodeError as error:
         raise DataError(f'{path} is no text in UTF-8 ({error}); {HOW}') from None
     pairs = [line.split(maxsplit=1) for line in lines if line.strip()]
-    wrong = [pair for pair in pairs if len(pair) != 2 or not pair[0].isdecimal()]
+    wrong = [pair for pair in pairs if len(pair) != 2 or not pair[0].isdecimal() or len(pair[0]) > _DIGITS]
     if wrong or not pairs:
-        raise DataError(f'{path} holds {" ".join(wrong[0]) if wrong else "nothing"!r} where NUMBER REST is due; {HOW}')
+        found = ' '.join(wrong[0])[:80] if wrong else 'nothing'
+        raise DataError(f'{path} holds {found!r} where NUMBER REST is due; {HOW}')
     table = {number: rest.strip() for number, rest in pairs}
     if len(table) < len(pairs):
         twice = next(number for number, count in Counter(number for number, _ in pairs).items() if count > 1)

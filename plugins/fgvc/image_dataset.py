@@ -7,9 +7,10 @@ from typing import Any, Literal
 from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
 from mmengine.utils import track_iter_progress
-from PIL import Image
 
 from gplq.errors import DataError
+
+from .transforms import read_rgb
 
 __all__ = ['ImageDataset']
 
@@ -56,8 +57,7 @@ class ImageDataset(BaseDataset):
 
 def _decodes(path: str) -> bool:
     try:
-        with Image.open(path) as image:
-            image.load()
-    except Exception:  # decoders raise anything
+        read_rgb(path)
+    except DataError:
         return False
     return True

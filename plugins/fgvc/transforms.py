@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 
 from gplq.errors import DataError, RecipeError
+from gplq.typecheck import check_types
 
-__all__ = ['LoadImage', 'PackImage', 'TimmTransform', 'TorchvisionTransform']
+__all__ = ['LoadImage', 'PackImage', 'TimmTransform', 'TorchvisionTransform', 'read_rgb']
 
 Results = dict[str, Any]
 
@@ -23,28 +25,53 @@ class LoadImage:
 
     Args:
         margin: how far the cut reaches beyond the box on each side, as a share of its size.
+
+    Raises:
+        RecipeError: `margin` is no number of at least 0.
     """
 
     def __init__(self, margin: float = 0.0) -> None:
+        check_types({'margin': margin}, {'margin': float}, 'LoadImage: ')
+        if not isfinite(margin) or margin < 0:
+            raise RecipeError(f'LoadImage: margin={margin} must be a number of at least 0')
         self.margin = margin
 
     def __call__(self, results: Results) -> Results:
-        try:
-            with Image.open(results['img_path']) as image:
-                picture = _rgb(image)
-        except Exception as error:  # decoders raise anything
-            raise DataError(
-                f'{results["img_path"]} cannot be read as an image: {error}; mend it or take it out'
-            ) from error
-        if results.get('box') is not None:
-            picture = picture.crop(_within(results['box'], self.margin, picture.size))
+        picture = read_rgb(results['img_path'])
+        box = results.get('box')
+        if box is not None:
+            x, y, width, height = box
+            if x >= picture.width or y >= picture.height or x + width <= 0 or y + height <= 0:
+                raise DataError(
+                    f'{results["img_path"]} has {picture.width} x {picture.height} pixels and its box (x, y, width, '
+                    f'height) = {list(box)} lies outside of it: mend the box, or read whole images by crop=False'
+                )
+            picture = picture.crop(_within(box, self.margin, picture.size))
         return {**results, 'img': picture}
 
 
+def read_rgb(path: str) -> Image.Image:
+    """An image file in three channels of 8 bits.
+
+    Raises:
+        DataError: it cannot be decoded, or its pixels are floating point.
+    """
+    try:
+        with Image.open(path) as image:
+            return _rgb(image)
+    except Exception as error:  # decoders raise anything
+        raise DataError(f'{path} cannot be read as an image: {error}; mend it or take it out') from error
+
+
 def _rgb(image: Image.Image) -> Image.Image:
-    """Three channels of 8 bits; Pillow would cut 16-bit grey off at 255."""
+    """Pillow would cut 16-bit grey off at 255, and floating point wherever its white is."""
+    if image.mode == 'F':
+        raise ValueError('its pixels are floating point, of which nobody knows what is white; store 8 or 16 bits')
     if image.mode.startswith('I'):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        values = np.asarray(image).astype(np.int64)
+        # Some store 8 bits in 16 or 32.
+        values = values >> 8 if values.max() > 255 else values
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     return image.convert('RGB')
 
 
@@ -76,7 +103,7 @@ class TimmTransform:
             raise RecipeError(f'TimmTransform: timm does not take {options}: {reason:.200}') from error
 
     def __call__(self, results: Results) -> Results:
-        return {**results, 'img': self.transform(results['img'])}
+        return {**results, 'img': self.transform(_image(results, 'TimmTransform'))}
 
 
 class TorchvisionTransform:
@@ -92,6 +119,11 @@ class TorchvisionTransform:
 
     def __init__(self, transforms: Sequence[dict[str, Any]]) -> None:
         steps = []
+        if not isinstance(transforms, (list, tuple)) or not all(isinstance(step, Mapping) for step in transforms):
+            raise RecipeError(
+                f'TorchvisionTransform: transforms={transforms!r} must be a list of dicts, such as '
+                "[dict(type='Resize', size=256)]"
+            )
         for step in transforms:
             options = dict(step)
             name = options.pop('type', None)
@@ -105,7 +137,13 @@ class TorchvisionTransform:
         self.transform = torchvision_transforms.Compose(steps)
 
     def __call__(self, results: Results) -> Results:
-        return {**results, 'img': self.transform(results['img'])}
+        return {**results, 'img': self.transform(_image(results, 'TorchvisionTransform'))}
+
+
+def _image(results: Results, step: str) -> Any:
+    if 'img' not in results:
+        raise RecipeError(f'{step}: no step before it has read the image; put LoadImage first in the pipeline')
+    return results['img']
 
 
 def _by_name(option: str, value: Any) -> Any:
@@ -124,4 +162,4 @@ class PackImage:
     """Hands the model `inputs`, `labels` and `img_path`."""
 
     def __call__(self, results: Results) -> Results:
-        return {'inputs': results['img'], 'labels': results['gt_label'], 'img_path': results['img_path']}
+        return {'inputs': _image(results, 'PackImage'), 'labels': results['gt_label'], 'img_path': results['img_path']}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from gplq.errors import DataError
+from gplq.errors import DataError, RecipeError
 from gplq.plugins.fgvc import CUBDataset, LoadImage
 
 
@@ -88,11 +91,53 @@ def test_a_list_of_splits_that_was_cut_off(cub_root: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda lines: lines[:2], 'dev_test_split.txt says nothing of 4 images, such as number 9; .* each of the 6 '),
+        (lambda lines: ['1 test', *lines], 'dev_test_split.txt has also 1 images, such as number 1; .* no other'),
+        (lambda lines: [*lines, '99 test'], 'dev_test_split.txt has also 1 images, such as number 99'),
+    ],
+)
+def test_further_splits_are_of_all_that_is_held_out(change: Any, message: str, cub_root: Path) -> None:
+    path = cub_root / 'dev_test_split.txt'
+    path.write_text('\n'.join(change(path.read_text().splitlines())))
+    with pytest.raises(DataError, match=message):
+        CUBDataset(str(cub_root), split='test', split_file='dev_test_split.txt')
+
+
+@pytest.mark.parametrize(
+    ('settings', 'told'),
+    [
+        (dict(data_root=None), 'CUBDataset: data_root must be a string or a Path, got None'),
+        (dict(split=None), 'CUBDataset: split must be a string, got None'),
+        (dict(split_file=5), 'CUBDataset: split_file must be a string or None, got 5'),
+        (dict(crop='yes'), "CUBDataset: crop must be True or False, got 'yes'"),
+    ],
+)
+def test_settings_of_other_types(settings: dict[str, Any], told: str, cub_root: Path) -> None:
+    with pytest.raises(RecipeError, match=told):
+        CUBDataset(**{'data_root': str(cub_root), **settings})
+
+
+def test_what_a_config_says_of_the_data_is_added_to_its_classes(cub_root: Path) -> None:
+    about = CUBDataset(str(cub_root), metainfo=dict(source='field')).metainfo
+    assert about['source'] == 'field' and len(about['classes']) == 3
+
+
+def test_floating_point_pixels_are_left_out_with_what_cannot_be_decoded(cub_root: Path) -> None:
+    path = cub_root / 'images/002.Laysan_Albatross/bird_5.jpg'
+    Image.fromarray(np.zeros((3, 5), np.float32)).save(path, format='TIFF')
+    assert numbers(CUBDataset(str(cub_root), corrupt='skip')) == [1, 2, 3, 4, 6]
+
+
+@pytest.mark.parametrize(
     ('file', 'line', 'message'),
     [
-        ('image_class_labels.txt', '1 x', "'x' for image 1, no number"),
-        ('image_class_labels.txt', '1 0', 'label -1 is none of the 3 classes'),
-        ('image_class_labels.txt', '1 4', 'label 3 is none of the 3 classes'),
+        ('image_class_labels.txt', '1 x', "'x' for image 1, no number from 1 to 3 as classes.txt"),
+        ('image_class_labels.txt', '1 0', "image_class_labels.txt has '0' for image 1, no number from 1 to 3"),
+        ('image_class_labels.txt', '1 4', "image_class_labels.txt has '4' for image 1, no number from 1 to 3"),
+        pytest.param('image_class_labels.txt', f'1 {"9" * 5000}', "'9{40}' for image 1, no number", id='long label'),
+        pytest.param('images.txt', f'{"9" * 5000} x.jpg', "images.txt holds '9{80}' where NUMBER", id='long number'),
         ('bounding_boxes.txt', '1 2.0 3.0 4.0', "'2.0 3.0 4.0' for image 1, not X Y WIDTH HEIGHT"),
         ('bounding_boxes.txt', '99 1 1 1 1', "'' for image 1, not X Y"),
         ('bounding_boxes.txt', '1 nan 1 1 1', "'nan 1 1 1' for image 1, not X Y"),
