@@ -3,12 +3,15 @@
 import copy
 import difflib
 import inspect
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.logging import print_log
 from mmengine.utils import get_object_from_string
 
 from gplq.errors import GPLQError
@@ -29,17 +32,22 @@ class PreflightError(GPLQError):
 
 
 def preflight(cfg: Config, splits: tuple[str, ...] = ('train', 'val')) -> None:
-    """Check a config: our hooks' settings, data sets, annotation files, image folders, checkpoints, precision.
+    """Check a config: our hooks' settings, data sets, annotation files, image folders, checkpoints, precision, GPUs.
 
-    Remote addresses and data sets behind another storage backend are left alone.
+    Remote addresses and data sets behind another storage backend are left alone. Loaders without workers lose the
+    settings of workers.
 
     Raises:
         PreflightError: the first thing that is missing.
         RecipeError: a setting of a hook is not supported.
     """
     _check_settings(cfg._cfg_dict.to_dict(), '')
+    if cfg.get('launcher') == 'pytorch':
+        _check_launcher()
     for hook in _hooks(cfg):
         _check_hook(hook)
+    for name in ('train', 'val', 'test'):
+        _drop_settings_of_workers(cfg.get(f'{name}_dataloader'), f'{name}_dataloader')
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
         for dataset in _datasets(loader.dataset) if loader else ():
@@ -49,6 +57,8 @@ def preflight(cfg: Config, splits: tuple[str, ...] = ('train', 'val')) -> None:
                 _check_data(Path(evaluator['ann_file']), 'annotation file', f'{split}_evaluator')
     if cfg.get('load_from') and _is_local(cfg.load_from) and not Path(cfg.load_from).is_file():
         raise PreflightError(f'checkpoint {cfg.load_from} (load_from) does not exist; give the path of one that does')
+    if 'train' in splits:
+        _check_best(cfg)
     if 'train' in splits and not torch.cuda.is_available():
         _check_precision(cfg.get('optim_wrapper') or {})
     # Read even where a checkpoint is loaded over them, but not by a test, and not where a stage begins.
@@ -58,6 +68,51 @@ def preflight(cfg: Config, splits: tuple[str, ...] = ('train', 'val')) -> None:
         if _is_local(path) and not Path(path).is_file():
             remedy = f'give one with --cfg-options {place}=PATH'
             raise PreflightError(f'initial weights {path} ({place}) do not exist; {remedy}')
+
+
+def _check_launcher() -> None:
+    """Refuse what mmengine's launcher cannot start: it gives every process a GPU, whatever the backend."""
+    if 'RANK' not in os.environ:
+        raise PreflightError(
+            '--launcher pytorch is for processes that torchrun has started: torchrun --nproc-per-node=N tools/train.py '
+            'CONFIG --launcher pytorch; leave it out for one process'
+        )
+    if get_device() in ('cpu', 'mps'):
+        raise PreflightError(
+            '--launcher pytorch gives a GPU to every process, and there is none here: start one process without '
+            'torchrun and --launcher'
+        )
+    rank, count = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
+    if torch.cuda.is_available() and rank >= count:
+        raise PreflightError(
+            f'--launcher pytorch gives a GPU to every process: this is process {rank} of this machine, counted from 0, '
+            f'which has {count}; start torchrun with --nproc-per-node={count}'
+        )
+
+
+def _drop_settings_of_workers(loader: Any, place: str) -> None:
+    """PyTorch refuses them where there are none, and a config's base has them."""
+    if not isinstance(loader, dict) or loader.get('num_workers', 0) != 0:
+        return
+    for name, harmless in (('persistent_workers', False), ('prefetch_factor', None)):
+        if loader.get(name, harmless) != harmless:
+            print_log(f'{place}.{name}={loader[name]} is dropped: num_workers=0', logger='current')
+            del loader[name]
+
+
+def _check_best(cfg: Config) -> None:
+    """Refuse to keep the best checkpoint by a figure that validation will not give, where its metrics tell."""
+    wanted = [hook.get('save_best') for hook in _hooks(cfg) if type_name(hook.get('type')) == 'CheckpointHook']
+    kinds = [(_kind(evaluator), evaluator) for evaluator in _listed(cfg.get('val_evaluator'))]
+    if not kinds or not all(hasattr(kind, 'figures') for kind, _ in kinds):
+        return
+    known = [name for kind, evaluator in kinds for name in kind.figures(evaluator)]
+    for best in wanted:
+        for name in [best] if isinstance(best, str) else best or ():
+            if name != 'auto' and name not in known:
+                raise PreflightError(
+                    f'default_hooks.checkpoint.save_best={name!r} is no figure of val_evaluator: it gives {known}'
+                )
 
 
 def _check_precision(wrapper: dict) -> None:
@@ -119,9 +174,7 @@ def _check_names(kind: type, names: set[str], place: str) -> None:
 
 def _check_hook(hook: dict) -> None:
     """Make one of ours for trial: the Runner would refuse its settings only after it has logged the whole config."""
-    kind, settings = hook.get('type'), {name: value for name, value in hook.items() if name not in ('type', 'priority')}
-    if isinstance(kind, str) and kind.startswith(_OURS):
-        kind = get_object_from_string(kind)
+    kind, settings = _kind(hook), {name: value for name, value in hook.items() if name not in ('type', 'priority')}
     if type_name(kind) in _STAGES and callable(kind):
         kind(**copy.deepcopy(settings))
 
@@ -139,12 +192,15 @@ def _check_dataset(dataset: dict, place: str) -> None:
             _check_data(Path(root, prefix), 'image folder', place)
 
 
+def _kind(config: dict) -> Any:
+    """The class of a config, if it is one of ours."""
+    kind = config.get('type')
+    return get_object_from_string(kind) if isinstance(kind, str) and kind.startswith(_OURS) else kind
+
+
 def _source(dataset: dict) -> str:
     """Where the data comes from and how it lies, if its class knows."""
-    kind = dataset.get('type')
-    if isinstance(kind, str) and kind.startswith(_OURS):
-        kind = get_object_from_string(kind)
-    tell = getattr(kind, 'source', None)
+    tell = getattr(_kind(dataset), 'source', None)
     return str(tell(dataset)) if tell else ''
 
 

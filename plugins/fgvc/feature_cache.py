@@ -19,13 +19,15 @@ from mmengine.utils import track_iter_progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from gplq.errors import DataError
+from gplq.errors import DataError, WriteError
+from gplq.files import check_writable
 from gplq.fingerprint import fingerprint
 from gplq.hashed_tensors import load_hashed, save_hashed
 from gplq.plugins.hooks.model import model_of, preprocess
 from gplq.plugins.results import versions
 from gplq.record import is_prepared
 from gplq.serialization import describe
+from gplq.typecheck import check_types
 
 __all__ = ['FeatureCacheHook']
 
@@ -64,6 +66,7 @@ class FeatureCacheHook(Hook):
     priority = 'LOW'
 
     def __init__(self, folder: str = 'work_dirs/features') -> None:
+        check_types({'folder': folder}, {'folder': str}, 'FeatureCacheHook: ')
         self.folder = Path(folder)
         self._preprocessor: nn.Module | None = None
         self._loaders: list[tuple[Any, DataLoader]] = []
@@ -124,6 +127,12 @@ class FeatureCacheHook(Hook):
         kept = load_hashed(path)
         if kept is not None:
             return kept['features']
+        if is_main_process():
+            # Before the backbone's work.
+            try:
+                check_writable(path)
+            except WriteError as error:
+                raise WriteError(f'FeatureCacheHook: folder={str(self.folder)!r}: {error}') from error
         batch_size = getattr(loader.batch_sampler, 'batch_size', None) or 64
         batches = DataLoader(
             images, batch_size=batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_type_hints
 
 import torch
 from mmengine.evaluator import BaseMetric
@@ -13,6 +13,7 @@ from mmengine.logging import print_log
 
 from gplq.errors import DataError, RecipeError
 from gplq.files import check_writable, write_bytes_atomically
+from gplq.typecheck import check_types
 
 __all__ = ['ClassificationMetric']
 
@@ -26,7 +27,7 @@ class ClassificationMetric(BaseMetric):
         outfile: a JSON file for what was found in each image, by its path: class, label and whether they agree.
 
     Raises:
-        RecipeError: `topk` holds no numbers.
+        RecipeError: `topk` holds no numbers, `confused` is below 0, or a setting is of the wrong type.
         WriteError: `outfile` cannot be written.
     """
 
@@ -38,6 +39,10 @@ class ClassificationMetric(BaseMetric):
         collect_device: str = 'cpu',
         prefix: str | None = None,
     ) -> None:
+        settings = dict(topk=topk, confused=confused, outfile=outfile, collect_device=collect_device, prefix=prefix)
+        check_types(settings, get_type_hints(ClassificationMetric.__init__), 'ClassificationMetric: ')
+        if confused < 0:
+            raise RecipeError(f'ClassificationMetric: confused={confused} must be at least 0')
         if not topk or not all(isinstance(k, int) and not isinstance(k, bool) and k > 0 for k in topk):
             raise RecipeError(f'ClassificationMetric: topk={topk!r} must be a list of numbers of at least 1, such as 1')
         if outfile is not None:
@@ -46,6 +51,13 @@ class ClassificationMetric(BaseMetric):
         self.topk = tuple(topk)
         self.confused = confused
         self.outfile = outfile
+
+    @staticmethod
+    def figures(config: Mapping[str, Any]) -> list[str]:
+        """What the metric of a config will give, by name."""
+        metric = ClassificationMetric(**{name: value for name, value in config.items() if name != 'type'})
+        prefix = f'{metric.prefix}/' if metric.prefix else ''
+        return [prefix + name for name in (*(f'top{k}' for k in metric.topk), 'mean_class')]
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         """Keep the best classes of each image."""
@@ -61,6 +73,8 @@ class ClassificationMetric(BaseMetric):
 
     def compute_metrics(self, results: list[tuple[list[int], int, str]]) -> dict[str, float]:
         """Percentages over all images, and over classes that have any."""
+        if not results:
+            raise DataError('ClassificationMetric: no image was evaluated; give data with images')
         labels = torch.tensor([label for _, label, _ in results])
         right = torch.tensor([best[0] == label for best, label, _ in results], dtype=torch.float64)
         metrics = {

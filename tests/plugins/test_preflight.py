@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mmengine.config import Config
@@ -182,6 +183,58 @@ def test_names_that_our_classes_or_mmengine_know(root: Path) -> None:
     wrapper = dict(type='gplq.plugins.amp.BFloat16OptimWrapper', optimizer=dict(type='AdamW'), paramwise_cfg={})
     cfg.optim_wrapper = dict(wrapper, clip_grad=None, constructor='DefaultOptimWrapperConstructor')
     preflight(cfg)
+
+
+def test_loaders_without_workers_lose_the_settings_of_workers(root: Path) -> None:
+    cfg = config(root)
+    worker = dict(persistent_workers=True, prefetch_factor=2)
+    cfg.train_dataloader.update(num_workers=0, **worker)
+    cfg.val_dataloader = dict(num_workers=2, dataset=[], **worker)
+    cfg.test_dataloader = dict(dataset=[], **worker)
+    preflight(cfg)
+    assert set(cfg.train_dataloader) == {'dataset', 'num_workers'} and set(cfg.test_dataloader) == {'dataset'}
+    assert cfg.val_dataloader.persistent_workers and cfg.val_dataloader.prefetch_factor == 2
+
+
+@pytest.mark.parametrize('name', ['top1', 'mean_class', ['top2', 'top1'], 'auto', None, 'top7', ['top1', 'accuracy']])
+def test_the_best_checkpoint_goes_by_a_figure_of_validation(root: Path, name: Any) -> None:
+    cfg = config(root)
+    cfg.default_hooks = dict(checkpoint=dict(type='CheckpointHook', save_best=name, rule='greater'))
+    # Of mmdet's nothing is known.
+    preflight(cfg)
+    cfg.val_evaluator = dict(type='gplq.plugins.fgvc.ClassificationMetric', topk=(1, 2))
+    preflight(cfg, splits=('test',))
+    if name in ('top7', ['top1', 'accuracy']):
+        with pytest.raises(
+            PreflightError, match=r"save_best='(top7|accuracy)' is no .*\['top1', 'top2', 'mean_class'\]"
+        ):
+            preflight(cfg)
+    else:
+        preflight(cfg)
+
+
+def test_the_launcher_of_pytorch_needs_torchrun_and_a_gpu_for_each_process(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(root)
+    cfg.launcher = 'pytorch'
+    monkeypatch.delenv('RANK', raising=False)
+    with pytest.raises(PreflightError, match='for processes that torchrun has started: torchrun --nproc'):
+        preflight(cfg)
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    monkeypatch.setattr('gplq.plugins.preflight.get_device', lambda: 'cpu')
+    with pytest.raises(PreflightError, match='there is none here: start one process without torchrun'):
+        preflight(cfg)
+    monkeypatch.setattr('gplq.plugins.preflight.get_device', lambda: 'cuda')
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    for count in (1, 2):
+        monkeypatch.setattr('torch.cuda.device_count', lambda count=count: count)
+        if count == 2:
+            preflight(cfg)
+            continue
+        with pytest.raises(PreflightError, match='process 1 of this machine.* which has 1; .*--nproc-per-node=1'):
+            preflight(cfg)
 
 
 def test_what_is_to_be_downloaded_need_not_be_there(root: Path) -> None:

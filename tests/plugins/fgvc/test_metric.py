@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,32 @@ def test_accuracies_in_percent_over_images_and_over_classes(tmp_path: Path) -> N
 def test_numbers_of_guesses_that_cannot_be(topk: list[object]) -> None:
     with pytest.raises(RecipeError, match=r'topk=\[.*\] must be a list of numbers of at least 1'):
         ClassificationMetric(topk=topk)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'told'),
+    [
+        (dict(topk=5), 'topk must be a Sequence, got 5'),
+        (dict(confused='x'), "confused must be an integer, got 'x'"),
+        (dict(confused=-1), 'confused=-1 must be at least 0'),
+        (dict(prefix=1), 'prefix must be a string or None, got 1'),
+    ],
+)
+def test_settings_of_the_metric_are_read_before_a_validation(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        ClassificationMetric(**settings)
+
+
+def test_no_images_have_no_accuracy() -> None:
+    with pytest.raises(DataError, match='no image was evaluated'):
+        ClassificationMetric().compute_metrics([])
+
+
+def test_figures_are_those_that_are_computed() -> None:
+    config = dict(type='gplq.plugins.fgvc.ClassificationMetric', topk=[1, 2], prefix='birds')
+    metric = ClassificationMetric(topk=(1, 2), prefix='birds')
+    metric.process(None, samples())
+    assert ClassificationMetric.figures(config) == list(metric.evaluate(4))
 
 
 def test_a_file_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:

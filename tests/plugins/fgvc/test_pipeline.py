@@ -17,8 +17,9 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
+from PIL import Image
 
-from gplq.errors import CheckpointError, DataError, StageError
+from gplq.errors import CheckpointError, DataError, StageError, WriteError
 from gplq.plugins.hooks.data_hook import DataHook
 from gplq.plugins.hooks.restore_hook import RestoreHook
 from gplq.plugins.results import read_rows
@@ -27,6 +28,11 @@ from gplq.record import record_of
 _numbers = itertools.count()
 TOOLS = Path(__file__).parents[3] / 'tools'
 FGVC = 'gplq.plugins.fgvc.'
+
+
+def draw(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((16, 16, 3), 90, np.uint8)).save(path)
 
 
 def loader(root: Path, split: str, training: bool) -> dict[str, Any]:
@@ -161,6 +167,7 @@ def probe(make_config: Callable[..., Config], cub_root: Path, tmp_path: Path) ->
 
 
 OWN = torch.Generator()
+APART = "differently: class 0 is 'apple' in the one and 'bread' in the other, of 3 and 2; name all"
 
 
 def numpy_noise(results: dict[str, Any]) -> dict[str, Any]:
@@ -226,6 +233,7 @@ def test_data_and_weights_that_do_not_fit_are_told_before_training(
     refused(
         DataError, 'train_dataloader has 3 classes.*num_classes=2: set model.num_classes=3', **{'model.num_classes': 2}
     )
+    refused(DataError, 'train_dataloader has 3 classes .*num_classes=4: their numbers may', **{'model.num_classes': 4})
     # Images of another size than the model's.
     refused(DataError, r'images are \(16, 16\).* made for \(8, 8\).*img_size', **{'model.model_args.img_size': 8})
     quantized = Runner.from_cfg(make_config())
@@ -240,6 +248,50 @@ def test_data_and_weights_that_do_not_fit_are_told_before_training(
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and 'brings a quantized model' in done.stderr, done.stderr
     assert not (tmp_path / 'first.pth').exists()
+
+
+@pytest.mark.parametrize('split', ['val', 'test'])
+def test_classes_that_validation_or_test_data_number_apart(
+    split: str, make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Food-101 by its lists: without the first class, the second is the first."""
+    lists = {'train': {'apple': 4, 'bread': 4, 'curry': 4}, 'test': {'bread': 2, 'curry': 2}}
+    for name, classes in lists.items():
+        for kind, count in classes.items():
+            for number in range(count):
+                draw(tmp_path / f'food-101/images/{kind}/{number}.jpg')
+        listed = {kind: [f'{kind}/{number}' for number in range(count)] for kind, count in classes.items()}
+        (tmp_path / 'food-101/meta').mkdir(exist_ok=True)
+        (tmp_path / f'food-101/meta/{name}.json').write_text(json.dumps(listed))
+    config = make_config()
+    config.default_hooks.pop('gplq')
+    food = dict(type=FGVC + 'TorchvisionDataset', name='Food101', data_root=str(tmp_path))
+    for loader, part in (('train', 'train'), ('val', 'test'), ('test', 'test')):
+        pipeline = config[f'{loader}_dataloader'].dataset.pipeline
+        config[f'{loader}_dataloader'].dataset = dict(food, split=part, pipeline=pipeline)
+    if split == 'val':
+        # What has no number of classes of its own is compared as well.
+        for outputs, told in ((3, 'val_dataloader has 2 classes .*=3: their numbers may'), (None, APART)):
+            runner = Runner.from_cfg(config)
+            runner.model.num_classes = outputs
+            runner.register_hook(DataHook())
+            with pytest.raises(DataError, match=told):
+                runner.train()
+            assert runner.iter == 0
+    runner = Runner.from_cfg(config)
+    runner.register_hook(DataHook())
+    with pytest.raises(DataError, match=f'{split}_dataloader has 2 classes and TimmClassifier num_classes=3'):
+        runner.val() if split == 'val' else runner.test()
+
+
+def test_an_unwritable_folder_of_features_is_told_before_the_backbone_runs(
+    probe: Callable[..., Config], make_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = probe('unwritable', dict(type='Pretrained', checkpoint=make_config().load_from), cached=True)
+    (tmp_path / 'features').touch()
+    monkeypatch.setattr('gplq.plugins.fgvc.feature_cache._run', lambda *given: pytest.fail('the backbone has run'))
+    with pytest.raises(WriteError, match=r"FeatureCacheHook: folder='.*features': .* cannot be written"):
+        trained(config)
 
 
 def test_a_probe_on_a_quantized_backbone_and_its_checkpoint(
