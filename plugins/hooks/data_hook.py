@@ -9,7 +9,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from gplq.errors import DataError
-from gplq.plugins.hooks.model import model_of
+from gplq.plugins.hooks.model import is_classifier, model_of
 
 __all__ = ['DataHook', 'check_batches']
 
@@ -35,12 +35,18 @@ class DataHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         check_batches(runner.train_loop.dataloader)
-        train = runner.train_loop.dataloader.dataset
-        _check_outputs(model_of(runner), train, 'train')
+        model, train = model_of(runner), runner.train_loop.dataloader.dataset
+        # Features are learned from any images, in a single folder as well.
+        parts = [part for hook in runner.hooks for part in getattr(hook, 'parts', (hook,))]
+        labels = not any(getattr(getattr(part, 'settings', None), 'label_free', False) for part in parts)
+        if labels:
+            _check_outputs(model, train, 'train')
         if runner.val_loop is not None:
             val = runner.val_loop.dataloader.dataset
-            _check_outputs(model_of(runner), val, 'val')
-            _check_same(_classes(train), _classes(val))
+            _check_outputs(model, val, 'val')
+            # Detectors may be validated on other data than they are trained on.
+            if labels and is_classifier(model):
+                _check_same(_classes(train), _classes(val))
 
     def before_val(self, runner: Runner) -> None:
         # A validation without training.

@@ -284,6 +284,28 @@ def test_classes_that_validation_or_test_data_number_apart(
         runner.val() if split == 'val' else runner.test()
 
 
+def test_features_are_learned_from_images_without_classes(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    for number in range(8):
+        draw(tmp_path / f'plain/train/images/{number}.jpg')
+    config = make_config()
+    config.train_dataloader.dataset = dict(
+        type=FGVC + 'TorchvisionDataset',
+        name='ImageFolder',
+        data_root=str(tmp_path / 'plain'),
+        split='train',
+        pipeline=config.train_dataloader.dataset.pipeline,
+    )
+    for label_free in (False, True):
+        config.default_hooks.gplq.update(label_free=label_free, targets=['backbone'])
+        runner = Runner.from_cfg(config)
+        runner.register_hook(DataHook())
+        if label_free:
+            runner.train()
+        else:
+            with pytest.raises(DataError, match='train_dataloader has 1 classes'):
+                runner.train()
+
+
 def test_an_unwritable_folder_of_features_is_told_before_the_backbone_runs(
     probe: Callable[..., Config], make_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
