@@ -9,12 +9,23 @@ from gplq.weights import WeightScales, restore_weight, round_weight
 
 __all__ = ['damped', 'round_with_feedback']
 
+# Beyond it the inputs are not finite.
+_LARGEST_DAMPING = 1e6
+
 
 def damped(gram: Tensor, damping: float = 0.01) -> Tensor:
-    """``gram`` in double precision with a share of its mean diagonal added to it; columns without energy have some."""
+    """``gram`` in double precision with a share of its mean diagonal added to it; columns without energy have some.
+
+    Of inputs that are all but equal, what is left around their mean is rounding, and need not be positive definite: the
+    share grows tenfold until it is.
+    """
     gram = gram.double().clone()
     gram.diagonal()[gram.diagonal() <= 0] = 1.0
-    gram.diagonal().add_(damping * gram.diagonal().mean())
+    mean = gram.diagonal().mean()
+    gram.diagonal().add_(damping * mean)
+    while damping < _LARGEST_DAMPING and bool(torch.linalg.cholesky_ex(gram).info):
+        gram.diagonal().add_(9 * damping * mean)
+        damping *= 10
     return gram
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from gplq.error_feedback import round_with_feedback
+from gplq.error_feedback import damped, round_with_feedback
 from gplq.weights import choose_weight_scales, restore_weight, round_weight
 
 
@@ -58,3 +58,18 @@ def test_the_block_size_changes_nothing_and_dead_columns_do_no_harm():
     assert torch.allclose(
         round_with_feedback(weight, scales, 4, gram, block=7), round_with_feedback(weight, scales, 4, gram, block=64)
     )
+
+
+def test_inputs_that_are_all_but_equal():
+    """Around their mean nothing is left but rounding, whose second moments need not be positive definite."""
+    torch.manual_seed(0)
+    noise = torch.randn(32, 32) * 1e-9
+    gram = (noise + noise.t()) / 2
+    assert torch.linalg.eigvalsh(gram).min() < 0
+    weight = torch.randn(4, 32)
+    scales = choose_weight_scales(weight, 4, 'mse')
+    rounded = round_with_feedback(weight, scales, 4, gram)
+    assert torch.isfinite(rounded).all()
+    assert (rounded - weight).abs().max() < 4 * float(scales.scale.max())
+    # What is positive definite has the damping that was asked for.
+    assert torch.equal(damped(torch.eye(3)), 1.01 * torch.eye(3, dtype=torch.float64))
