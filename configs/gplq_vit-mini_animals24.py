@@ -3,7 +3,7 @@
 _base_ = './vit-mini_animals24.py'
 
 model = dict(init_cfg=None)  # load_from brings every weight
-# As for the Swin: few images, seen fifty times, teach by the features rather than by their labels.
+# As for the Swin: few images, seen fifty times, teach by the FP32 classifier's chances and features.
 default_hooks = dict(
     gplq=dict(
         type='gplq.plugins.GPLQHook',
@@ -11,7 +11,10 @@ default_hooks = dict(
         activation_bits=4,
         targets=['backbone', 'head'],
         mimicking=10,
-        stage=dict(lr=5e-6),
+        stage=dict(lr=1e-5),
     )
 )
 load_from = 'work_dirs/vit-mini_animals24/epoch_50.pth'
+custom_hooks = [
+    dict(type='gplq.plugins.SoftLabelHook', config='configs/vit-mini_animals24.py', checkpoint=load_from),
+]

@@ -27,9 +27,6 @@ _CODES = torch.uint8
 # x86 machines without VNNI add two products of bytes, an unsigned one by a signed one, in 16 bits: larger signed codes
 # would be cut off there without a word. Two unsigned bytes are multiplied otherwise.
 _LARGEST_SIGNED = 32767 // (2 * 255)
-# Of two computed operands: OpenVINO makes signed bytes of unsigned ones around 128, and then adds in 16 bits as well.
-# Around 127 it multiplies them in floating point. The lowest code of 8 bits is given up for that.
-_LEAST_FACTOR = -127
 
 
 def exported_twin(model: nn.Module) -> nn.Module:
@@ -100,7 +97,7 @@ class _Coded(nn.Module):
     zero_point: Tensor
     one: Tensor
 
-    def __init__(self, quantizer: Quantizer, name: str, least: int = -128) -> None:
+    def __init__(self, quantizer: Quantizer, name: str) -> None:
         super().__init__()
         if isinstance(quantizer, TwoPartQuantizer):
             raise TargetError(
@@ -108,7 +105,7 @@ class _Coded(nn.Module):
                 "ones, such as those of method='gplq'"
             )
         self.quantizer = quantizer
-        self.bounds = (max(quantizer.spec.qmin, least), quantizer.spec.qmax)
+        self.bounds = (quantizer.spec.qmin, quantizer.spec.qmax)
         self.folded = not isinstance(quantizer, RowQuantizer) and bool((quantizer.scale == 1).all())
         # As a constant: an engine's exponential of its logarithm may differ in the last bit.
         self.register_buffer('scale', quantizer.scale.detach())
@@ -300,7 +297,7 @@ class _ExportedProduct(QuantizedProduct):
     def __init__(self, name: str, product: QuantizedProduct) -> None:
         super().__init__(product.index, product.sites, product.operands)
         check_scales_leave_sum(product, name)
-        self.left, self.right = (_Coded(quantizer, name, _LEAST_FACTOR) for quantizer in product.operands)
+        self.left, self.right = (_Coded(quantizer, name) for quantizer in product.operands)
         self.register_buffer('lowest', torch.tensor(-(2.0**31)))
 
     @property

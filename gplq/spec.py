@@ -57,7 +57,15 @@ class QuantizerSpec:
 
     @property
     def qmin(self) -> int:
-        """Smallest code; an undecided sign counts as signed."""
+        """Smallest code of activations; an undecided sign counts as signed.
+
+        Of 8 bits it is -127: around a zero point of 128 an engine may multiply by signed bytes, and cut sums off.
+        """
+        return self.lowest + (self.signed is not False and self.bits == 8)
+
+    @property
+    def lowest(self) -> int:
+        """Smallest code that the bits hold, which weights have."""
         return 0 if self.signed is False else -int(2 ** (self.bits - 1))
 
     @property

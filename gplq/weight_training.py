@@ -70,7 +70,7 @@ def weight_regularization(model: nn.Module, progress: float, largest: float, sta
     if factor == 0:
         return total
     for weight in _learning(model):
-        total = total + bin_regularization(weight.folded, weight.steps, weight.spec.qmin, weight.spec.qmax)
+        total = total + bin_regularization(weight.folded, weight.steps, weight.spec.lowest, weight.spec.qmax)
     return factor * total
 
 
@@ -89,7 +89,7 @@ class Oscillations:
     def update(self, model: nn.Module) -> None:
         """Look at the codes after a step."""
         for weight in _learning(model):
-            codes = (weight.folded / weight.steps[:, None]).round().clamp_(weight.spec.qmin, weight.spec.qmax)
+            codes = (weight.folded / weight.steps[:, None]).round().clamp_(weight.spec.lowest, weight.spec.qmax)
             self.counts.setdefault(weight.name, OscillationCount(self.momentum)).update(codes)
 
     def share(self, threshold: float = 0.005) -> float:
@@ -123,7 +123,7 @@ class ConfidenceAnnealing:
             position = weight.folded / weight.steps[:, None]
             # Boundaries lie at the halves between codes; beyond the last codes there are none.
             nearest = position.floor() + 0.5
-            between = (nearest > weight.spec.qmin) & (nearest < weight.spec.qmax)
+            between = (nearest > weight.spec.lowest) & (nearest < weight.spec.qmax)
             held = ~between | ((position - nearest).abs() > self.boundary)
             self._held.append((weight.matrix, weight.matrix.clone(), held))
 

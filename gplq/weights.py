@@ -192,7 +192,7 @@ class WeightQuantizer(SinglePrecision):
         relative = _relative(column_scale)
         factor = (matrix.shape[1] * self.spec.qmax) ** -0.5
         folded = matrix * relative
-        y = fake_quantize(folded, self._steps(folded)[:, None], self.spec.qmin, self.spec.qmax, None, factor)
+        y = fake_quantize(folded, self._steps(folded)[:, None], self.spec.lowest, self.spec.qmax, None, factor)
         return (y / relative).reshape(weight.shape).to(weight.dtype)
 
     def on_grid(self, matrix: Tensor, column_scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,8 @@ def finished(make_runs: Callable[..., list[Run]], tmp_path: Path, monkeypatch: p
     """A run of each method as a program that stands in for tools/train.py leaves it, not carried out yet."""
     monkeypatch.chdir(tmp_path)
     Path('tools').mkdir()
+    Path('configs').mkdir()
+    Path('configs/a.py').touch()
     points = [
         {'iteration': n, 'minutes': float(n), 'metrics': {'accuracy/top1': 10.0 * n, 'oscillating': 5.0 - n}}
         for n in (1, 2)
