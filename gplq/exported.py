@@ -73,6 +73,10 @@ def _same(x: Tensor, y: Tensor) -> bool:
     return (x.data_ptr(), x.shape, x.stride()) == (y.data_ptr(), y.shape, y.stride())
 
 
+def _equal(x: Tensor | None, y: Tensor | None) -> bool:
+    return x is y if x is None or y is None else torch.equal(x, y)
+
+
 def _stand_in(model: nn.Module) -> None:
     """Replace every quantized map, product and compensation by what is exported for it."""
     for plan, view in list(weight_views(model)):
@@ -117,11 +121,7 @@ class _Coded(nn.Module):
 
     def rounds_like(self, other: _Coded) -> bool:
         """Whether both give the same codes of any input."""
-        mine, theirs = ((s.scale, s.offset, s.zero_point) for s in (self, other))
-        alike = all(
-            (a is None) == (b is None) and (a is None or b is None or torch.equal(a, b))
-            for a, b in zip(mine, theirs, strict=True)
-        )
+        alike = torch.equal(self.scale, other.scale) and _equal(self.offset, other.offset)
         return alike and self.bounds == other.bounds and type(self.quantizer) is type(other.quantizer)
 
     def scale_over(self, batch: int) -> Tensor:

@@ -16,7 +16,10 @@ from gplq.plugins.downloads import download
 
 from .positions import resize_grid, resize_table
 
-__all__ = ['fit_backbone_state', 'read_state_dict']
+__all__ = ['BACKBONE', 'fit_backbone_state', 'inside_backbone', 'read_state_dict']
+
+# Of a detector's or classifier's backbone among its other parts.
+BACKBONE = 'backbone.'
 
 # Tokens before those of the image: a class token, none, one for distillation as well, four registers besides.
 _PREFIX_TOKENS = (1, 0, 2, 5)
@@ -57,6 +60,12 @@ def _read_safetensors(path: str) -> dict[str, Any]:
         raise CheckpointError(f'{path} is no whole safetensors file ({error}); copy or download it anew') from None
 
 
+def inside_backbone(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The backbone's tensors under its own names, where a state has parts; else the state itself."""
+    inside = {name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)}
+    return inside or state
+
+
 def fit_backbone_state(backbone: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Pick the tensors that belong to `backbone`: a leading `backbone.` goes, positions are resized.
 
@@ -64,9 +73,7 @@ def fit_backbone_state(backbone: nn.Module, state: Mapping[str, Tensor], source:
         CheckpointError: a parameter other than relative positions is missing or has another shape, as it would when
             `source` holds another architecture.
     """
-    inside = [name for name in state if name.startswith('backbone.')]
-    if inside:
-        state = {name.removeprefix('backbone.'): state[name] for name in inside}
+    state = inside_backbone(state)
     fitted = {}
     grid = getattr(getattr(backbone, 'patch_embed', None), 'grid_size', None)
     for name, wanted in backbone.state_dict().items():

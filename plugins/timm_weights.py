@@ -7,17 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
-from timm.layers import resample_abs_pos_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
 from gplq.errors import RecipeError
-from gplq.plugins.pretrained import fit_backbone_state
+from gplq.plugins.pretrained import fit_backbone_state, inside_backbone
 
-__all__ = ['BACKBONE', 'check_model_name', 'fit_timm_state', 'inside_backbone', 'made_by_timm']
-
-# Of a detector's or classifier's backbone among its other parts.
-BACKBONE = 'backbone.'
+__all__ = ['check_model_name', 'fit_timm_state', 'made_by_timm']
 
 
 def check_model_name(name: str, owner: str) -> None:
@@ -45,12 +42,6 @@ def made_by_timm(owner: str, name: str, **options: Any) -> nn.Module:
         raise RecipeError(f'{owner}: timm cannot make {name} with {options}: {reason:.200}') from error
 
 
-def inside_backbone(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The backbone's tensors under its own names, where a state has parts; else the state itself."""
-    inside = {name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)}
-    return inside or state
-
-
 def fit_timm_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Pick the tensors of ``model`` from a timm classifier's, a feature model's or a detector's state.
 
@@ -62,8 +53,10 @@ def fit_timm_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -
     own = model.state_dict()
     names = {_flat(name): name for name in own}
     renamed = {names.get(_flat(name), name): value for name, value in inside_backbone(state).items()}
-    resized = {name: _with_windows_of(own, name, value) for name, value in renamed.items()}
-    resized = {name: _with_positions_of(model, own, name, value) for name, value in resized.items()}
+    resized = {
+        name: _with_positions_of(model, own, name, _with_windows_of(own, name, value))
+        for name, value in renamed.items()
+    }
     return fit_backbone_state(model, resized, source)
 
 

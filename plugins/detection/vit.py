@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from gplq.errors import RecipeError
 from gplq.plugins.checkpoint_file import check_depth
 from gplq.plugins.positions import absolute_positions, relative_bias
-from gplq.plugins.pretrained import fit_backbone_state, read_state_dict
+from gplq.plugins.pretrained import fit_backbone_state, inside_backbone, read_state_dict
 from gplq.plugins.type_name import pretrained_source
 
 from .windows import join_windows, split_windows
@@ -89,7 +89,7 @@ class ViT(BaseModule):
         path = pretrained_source(self.init_cfg)
         if path is not None:
             found = read_state_dict(path)
-            check_depth(self, [name.removeprefix('backbone.') for name in found], path)
+            check_depth(self, inside_backbone(found), path)
             state = fit_backbone_state(self, found, source=path)
             fresh = self.load_state_dict(state, strict=False).missing_keys
             print_log(f'ViT: {len(state)} tensors from {path}; fresh: {fresh or "none"}', logger='current')
