@@ -73,10 +73,6 @@ def _same(x: Tensor, y: Tensor) -> bool:
     return (x.data_ptr(), x.shape, x.stride()) == (y.data_ptr(), y.shape, y.stride())
 
 
-def _equal(x: Tensor | None, y: Tensor | None) -> bool:
-    return x is y if x is None or y is None else torch.equal(x, y)
-
-
 def _stand_in(model: nn.Module) -> None:
     """Replace every quantized map, product and compensation by what is exported for it."""
     for plan, view in list(weight_views(model)):
@@ -94,11 +90,19 @@ def _stand_in(model: nn.Module) -> None:
 
 
 class _Coded(nn.Module):
-    """Codes of a site as floats, between QuantizeLinear and DequantizeLinear of step 1."""
+    """Codes of a site as floats, between QuantizeLinear and DequantizeLinear of step 1.
+
+    Written so that no engine has something to rearrange, which would move values that lie next to a tie. They are
+    bounded above before the offset is taken off, since OpenVINO takes it off a LayerNorm's bias otherwise, and below
+    by QuantizeLinear itself. Signed codes are made unsigned before they are rounded, as OpenVINO does in any case: in
+    single precision some values come to lie at a tie by it.
+    """
 
     scale: Tensor
-    offset: Tensor | None
+    highest: Tensor
+    lowest: Tensor
     zero_point: Tensor
+    zero: Tensor
     one: Tensor
 
     def __init__(self, quantizer: Quantizer, name: str) -> None:
@@ -109,20 +113,25 @@ class _Coded(nn.Module):
                 "ones, such as those of method='gplq'"
             )
         self.quantizer = quantizer
-        self.bounds = (quantizer.spec.qmin, quantizer.spec.qmax)
         self.folded = not isinstance(quantizer, RowQuantizer) and bool((quantizer.scale == 1).all())
         # As a constant: an engine's exponential of its logarithm may differ in the last bit.
         self.register_buffer('scale', quantizer.scale.detach())
-        self.register_buffer('offset', None if quantizer.offset is None else quantizer.offset.detach())
-        self.register_buffer('zero_point', torch.tensor(-self.bounds[0], dtype=_CODES))
+        # In steps, of a value: the offset belongs to it.
+        offset = torch.zeros(()) if quantizer.offset is None else quantizer.offset.detach()
+        self.register_buffer('highest', quantizer.spec.qmax + offset)
+        self.register_buffer('lowest', quantizer.spec.qmin + offset)
+        self.shifted = bool(self.lowest.any())
+        self.register_buffer('zero_point', torch.tensor(-quantizer.spec.qmin, dtype=_CODES))
+        self.register_buffer('zero', torch.zeros((), dtype=_CODES))
         self.register_buffer('one', torch.ones(()))
         # Sees the codes of every call outside of an export.
         self.watcher: Callable[[_Coded, Tensor, Tensor], None] | None = None
 
     def rounds_like(self, other: _Coded) -> bool:
         """Whether both give the same codes of any input."""
-        alike = torch.equal(self.scale, other.scale) and _equal(self.offset, other.offset)
-        return alike and self.bounds == other.bounds and type(self.quantizer) is type(other.quantizer)
+        constants = ('scale', 'highest', 'lowest')
+        alike = all(torch.equal(getattr(self, name), getattr(other, name)) for name in constants)
+        return alike and type(self.quantizer) is type(other.quantizer)
 
     def scale_over(self, batch: int) -> Tensor:
         """The constant that codes are multiplied by, beside their rows' units, for a leading axis of ``batch``."""
@@ -140,17 +149,18 @@ class _Coded(nn.Module):
         if units is not None:
             per_unit = units.reciprocal() * per_unit
         steps = split if self.folded else split * per_unit
-        if self.offset is not None:
-            steps = steps - self.offset
-        steps = steps.clamp(*self.bounds)
+        steps = torch.minimum(steps, self.highest)
+        if self.shifted:
+            steps = steps - self.lowest
         if torch.compiler.is_exporting():
             onnx = torch.onnx.ops.symbolic
-            codes = onnx('QuantizeLinear', (steps, self.one, self.zero_point), dtype=_CODES, shape=steps.shape)
+            codes = onnx('QuantizeLinear', (steps, self.one, self.zero), dtype=_CODES, shape=steps.shape)
             values = onnx('DequantizeLinear', (codes, self.one, self.zero_point), dtype=steps.dtype, shape=steps.shape)
         else:
-            values = steps.round()
+            codes = steps.round().clamp(min=0)
+            values = codes - self.zero_point
             if self.watcher is not None:
-                self.watcher(self, x, (values + self.zero_point).to(_CODES))
+                self.watcher(self, x, codes.to(_CODES))
         return values.reshape(x.shape) if self.quantizer.merged_heads else values
 
 

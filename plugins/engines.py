@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gplq.errors import CheckpointError, StageError
+from gplq.plugins.defined_gelu import DefinedGELU
 
 __all__ = ['ENGINES', 'Engine', 'open_onnxruntime', 'open_openvino', 'openvino_computes_bfloat16', 'with_codes']
 
@@ -28,12 +30,14 @@ class Engine(NamedTuple):
         run: images (N, 3, H, W) -> every output of the file.
         integer: matrix products and convolutions that its own graph runs on 8-bit integers.
         floating: those that it runs in floating point.
+        reference: in which PyTorch computes a GELU as this engine does.
     """
 
     name: str
     run: Callable[[NDArray[np.float32]], list[Array]]
     integer: int
     floating: int
+    reference: Callable[[], AbstractContextManager[Any]]
 
 
 def open_onnxruntime(path: Path, threads: int = 1) -> Engine:
@@ -63,6 +67,7 @@ def open_onnxruntime(path: Path, threads: int = 1) -> Engine:
         sum(
             nodes.count(kind) for kind in ('MatMul', 'FusedMatMul', 'Gemm', 'FusedGemm', 'Einsum', 'Conv', 'FusedConv')
         ),
+        DefinedGELU,
     )
 
 
@@ -104,6 +109,7 @@ def open_openvino(path: Path, threads: int = 1, precision: str = 'f32') -> Engin
         lambda images: list(compiled(images).values()),
         integer,
         len(products) - integer,
+        nullcontext,
     )
 
 

@@ -134,7 +134,8 @@ def compare(
     right = theirs = equal = codes = labelled = 0
     error = size = 0.0
     for images, labels in data:
-        outputs, ours = outputs_and_codes(twin, images)
+        with engine.reference():
+            outputs, ours = outputs_and_codes(twin, images)
         if len(ours) != sites:
             raise GPLQError(f'the file rounds {sites} times and the model {len(ours)} times: codes cannot be compared')
         for mine, found in zip(ours, watching.run(images.numpy())[-sites:], strict=True):

@@ -30,6 +30,12 @@ def quantized_on(model: nn.Module, x: Tensor, recipe: gplq.Recipe | str = 'w4a4'
     return model
 
 
+def alike(found: Tensor, expected: Tensor) -> bool:
+    """But for two samples of sixteen: where a code is next to a tie, last bits decide, which depend on the machine."""
+    different = (found - expected).abs().flatten(1).amax(1) > 1e-4
+    return int(different.sum()) <= len(found) // 8
+
+
 class Session:
     """ONNX Runtime on one thread, and the graph that it runs."""
 
@@ -77,6 +83,45 @@ def test_sums_of_codes_are_the_same_to_the_last_bit(bits: int, tmp_path: Path) -
     gplq.export(layer, path, x[:2])
     with torch.no_grad():
         assert torch.equal(Session(path)(x), exported_twin(layer)(x))
+
+
+class Shifted(nn.Module):
+    """A sum before a layer, whose constant an engine could bring together with the layer's offset."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(48))
+        self.layer = nn.Linear(48, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x + self.bias)
+        return y
+
+
+@pytest.mark.parametrize('engine', ['onnxruntime', 'openvino'])
+@pytest.mark.parametrize('offset', [True, False], ids=['offset', 'signed'])
+@pytest.mark.parametrize('folded', [True, False], ids=['folded', 'scaled'])
+def test_values_next_to_a_tie_are_rounded_alike(engine: str, offset: bool, folded: bool, tmp_path: Path) -> None:
+    pytest.importorskip(engine)
+    torch.manual_seed(0)
+    x = torch.randn(64, 5, 48)
+    model = Shifted().eval()
+    if not folded:
+        # A product of a sum is the sum of products elsewhere.
+        nn.init.zeros_(model.bias)
+    gplq.prepare(model, gplq.Recipe.gplq(weight_bits=4, activation_bits=4, input_offset=offset), x[:2])
+    gplq.calibrate(model, [x])
+    if folded:
+        nn.init.zeros_(model.get_submodule('layer.quantization.input').log_scale)
+    gplq.quantize_weights(model, [x])
+    twin = exported_twin(model)
+    (site,) = (module for module in twin.modules() if hasattr(module, 'highest'))
+    ties = torch.randint(0, 15, x.shape) + 0.5 + torch.randint(-4, 5, x.shape) * 2.0**-22
+    x = (ties + site.lowest) * site.scale - twin.bias
+    path = tmp_path / 'model.onnx'
+    gplq.export(model, path, x[:2])
+    with torch.no_grad():
+        assert torch.equal(torch.from_numpy(ENGINES[engine](path).run(x.numpy())[0]), twin(x))
 
 
 class Scores(nn.Module):
@@ -180,7 +225,8 @@ def test_recipes(quantized: Callable[..., nn.Module], images: Tensor, tmp_path: 
     session = Session(path)
     assert not {'MatMul', 'Gemm', 'Conv', 'DequantizeLinear'} & set(session.operations)
     with torch.no_grad():
-        assert torch.allclose(session(images), model(images), atol=1e-4)
+        assert torch.allclose(session(images), exported_twin(model)(images), atol=1e-5)
+        assert alike(session(images), model(images))
 
 
 class Convolutions(nn.Module):
@@ -225,7 +271,7 @@ def test_other_layers(model: type[nn.Module], images: Tensor, tmp_path: Path) ->
     assert session.operations['MatMulIntegerToFloat'] == (2 if model is Convolutions else 7)
     assert not {'MatMul', 'Gemm'} & set(session.operations)
     with torch.no_grad():
-        assert torch.allclose(session(images), network(images), atol=1e-4)
+        assert alike(session(images), network(images))
 
 
 def test_openvino_gives_the_same(quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path) -> None:
@@ -242,9 +288,7 @@ def test_openvino_gives_the_same(quantized: Callable[..., nn.Module], images: Te
     compiled = openvino.Core().compile_model(str(path), 'CPU', settings)
     found = torch.from_numpy(next(iter(compiled({'input': images.numpy()}).values())))
     with torch.no_grad():
-        difference = (found - model(images)).abs().amax(1)
-    # A softmax's last bits depend on the machine, and a code next to a tie on them.
-    assert int((difference < 1e-4).sum()) >= len(images) - 2, difference
+        assert alike(found, model(images))
     layers = [
         {side.get_element_type().get_type_name() for side in operation.inputs()[:2]}
         for operation in compiled.get_runtime_model().get_ordered_ops()
