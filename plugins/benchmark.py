@@ -116,10 +116,14 @@ class Run:
 
     def is_done(self, metrics: Sequence[str], sha256: str, settings: str, rows: Sequence[ResultRow]) -> bool:
         """Whether ``rows`` hold every metric of each step, measured on the checkpoint and config of these hashes."""
-        mine = (self.text, self.split, sha256, settings)
-        same = [row for row in rows if (row.command, row.split, row.checkpoint_sha256, row.settings_sha256) == mine]
-        wanted = {(metric, *bits) for metric in metrics for _, *bits in self.bits_of_rows}
-        return wanted <= {(row.metric, row.weight_bits, row.activation_bits) for row in same}
+        # Of several, tables show the last.
+        last: dict[tuple[object, ...], tuple[str | None, str | None]] = {
+            (row.metric, row.weight_bits, row.activation_bits): (row.checkpoint_sha256, row.settings_sha256)
+            for row in rows
+            if (row.command, row.split) == (self.text, self.split)
+        }
+        wanted = [(metric, *bits) for metric in metrics for _, *bits in self.bits_of_rows]
+        return all(last.get(figure) == (sha256, settings) for figure in wanted)
 
 
 def bits_of(text: str) -> Bits:

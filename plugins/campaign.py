@@ -11,17 +11,29 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.utils import track_iter_progress
 
+from gplq.files import write_bytes_atomically
 from gplq.plugins.benchmark import HOOK, TOOL, Run, curve_of, rows_of
 from gplq.plugins.command_line import option_value
 from gplq.plugins.comparison import Comparison, add_intervals
 from gplq.plugins.hooks.settings import HookSettings
+from gplq.plugins.json_files import read_json
 from gplq.plugins.logged_run import check_tool, run_logged
 from gplq.plugins.methods import VARIANTS
 from gplq.plugins.results import ResultError, append_row, file_sha256, rows_so_far
 from gplq.plugins.settings_hash import settings_hash
 from gplq.plugins.type_name import type_name
 
-__all__ = ['carry_out', 'check_hook', 'check_variants', 'config_of', 'metrics_of', 'model_of_config', 'read', 'task_of']
+__all__ = [
+    'MARK',
+    'carry_out',
+    'check_hook',
+    'check_variants',
+    'config_of',
+    'metrics_of',
+    'model_of_config',
+    'read',
+    'task_of',
+]
 
 
 # In the folder of a run that came to its end: which run it was.
@@ -97,8 +109,15 @@ def check_variants(cfg: Config, config: str, variants: Sequence[str], options: M
 
     def settings(**more: Any) -> HookSettings:
         chosen = copy.deepcopy(cfg)
-        chosen.merge_from_dict({key: option_value(text) for key, text in options.items() if key.startswith(HOOK)})
-        chosen.merge_from_dict({f'{HOOK}{key}': value for key, value in more.items()})
+        given = {key: option_value(text) for key, text in options.items() if key.startswith(HOOK)}
+        try:
+            chosen.merge_from_dict({**given, **{f'{HOOK}{key}': value for key, value in more.items()}})
+        except (TypeError, AttributeError) as error:
+            # Where a setting is no dict, such as recipe='w4a4', none inside it can be set.
+            raise ResultError(
+                f'{config} and --options do not take {sorted(more) or sorted(given)}: {error}; write such a setting as '
+                'dict(…)'
+            ) from error
         hook = chosen.default_hooks.gplq.to_dict()
         return HookSettings.from_config(**{key: hook[key] for key in hook if key not in ('type', 'priority')})
 
@@ -150,7 +169,7 @@ def carry_out(
         mark = run.work_dir / MARK
         mark.unlink(missing_ok=True)
         run_logged(run.arguments(data_root), run.work_dir)
-        mark.write_text(json.dumps(_identity(run, sha256, settings)))
+        write_bytes_atomically(mark, json.dumps(_identity(run, sha256, settings)).encode())
         again = run.is_done(metrics, sha256, settings, known)
         rows = rows_of(run, metrics, run.model or model_of_config(run.config, run.benchmark), settings)
         for row in rows:
@@ -172,7 +191,8 @@ def _identity(run: Run, sha256: str, settings: str) -> dict[str, str]:
 
 def _left_by(run: Run, sha256: str, settings: str) -> bool:
     """Whether the activation stage in a run's folder is this run's, not one of another checkpoint or config."""
-    mark = run.work_dir / MARK
-    return (
-        run.stage_file.is_file() and mark.is_file() and json.loads(mark.read_text()) == _identity(run, sha256, settings)
-    )
+    try:
+        return run.stage_file.is_file() and read_json(run.work_dir / MARK) == _identity(run, sha256, settings)
+    except ResultError:
+        # No mark, or one that was damaged: nobody knows whose it is.
+        return False

@@ -16,7 +16,7 @@ from torch import nn
 from gplq.errors import CheckpointError
 from gplq.plugins.safe_load import allow_mmengine_objects
 
-__all__ = ['REMEDY', 'check_depth', 'quantization_of', 'read_checkpoint', 'tensors_of']
+__all__ = ['REMEDY', 'check_depth', 'parameter_names', 'quantization_of', 'read_checkpoint', 'tensors_of']
 
 REMEDY = "give a checkpoint of this config's model, in training by load_from (--cfg-options load_from=PATH)"
 
@@ -105,18 +105,22 @@ def quantization_of(checkpoint: dict[str, Any]) -> dict[str, str] | None:
     return meta.get('gplq') if isinstance(meta, dict) else None
 
 
-def check_depth(model: nn.Module, state: Collection[str], source: str) -> None:
+def parameter_names(model: nn.Module) -> set[str]:
+    """Of a state dict's tensors those that are parameters, under each of its names where layers share one."""
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+
+def check_depth(own: Collection[str], state: Collection[str], source: str) -> None:
     """Refuse a deeper model's tensors, of which the first blocks would be taken for the whole.
 
     Args:
-        model: that they are for.
+        own: names of the parameters of the model that they are for.
         state: names of tensors, as the model calls them.
         source: where they are from.
 
     Raises:
         CheckpointError: if there are blocks or layers, by their numbers, beyond the model's own.
     """
-    own = {name for name, _ in model.named_parameters()}
     series = {_NUMBER.sub('#', name) for name in own}
     beyond = sorted(name for name in state if name not in own and _NUMBER.sub('#', name) in series)
     if beyond:

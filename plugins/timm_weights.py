@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +13,13 @@ from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
 from gplq.errors import RecipeError
+from gplq.plugins.checkpoint_file import check_depth, parameter_names
 from gplq.plugins.pretrained import fit_backbone_state, inside_backbone
 
-__all__ = ['check_model_name', 'fit_timm_state', 'made_by_timm']
+__all__ = ['check_model_name', 'check_timm_depth', 'fit_timm_state', 'made_by_timm']
+
+_PREFIX = re.compile(r'^(model\.)+')
+_STAGE = re.compile(r'_(\d+)\.')
 
 
 def check_model_name(name: str, owner: str) -> None:
@@ -58,6 +63,25 @@ def fit_timm_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -
         for name, value in renamed.items()
     }
     return fit_backbone_state(model, resized, source)
+
+
+def check_timm_depth(model_name: str, model_args: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> None:
+    """Refuse a deeper timm model's tensors.
+
+    They are compared with the whole model by that name: one that gives feature maps leaves its last blocks out, one
+    without a classifier a layer before it.
+
+    Raises:
+        CheckpointError: as :func:`gplq.plugins.checkpoint_file.check_depth` does.
+    """
+    whole = made_by_timm(model_name, model_name, **{key: model_args[key] for key in model_args if key != 'feature_cls'})
+    own, found = ({_dotted(name) for name in names} for names in (parameter_names(whole), inside_backbone(state)))
+    check_depth(own, found, source)
+
+
+def _dotted(name: str) -> str:
+    """Name a tensor as a classifier does; timm's feature models call `layers.0` `layers_0`."""
+    return _STAGE.sub(r'.\1.', _PREFIX.sub('', name))
 
 
 def _flat(name: str) -> str:

@@ -15,7 +15,7 @@ from timm.layers.format import Format
 
 from gplq.plugins.detection.layer_norm import LN2d
 from gplq.plugins.pretrained import read_state_dict
-from gplq.plugins.timm_weights import check_model_name, fit_timm_state, made_by_timm
+from gplq.plugins.timm_weights import check_model_name, check_timm_depth, fit_timm_state, made_by_timm
 from gplq.plugins.type_name import pretrained_source
 
 __all__ = ['TimmBackbone']
@@ -49,6 +49,7 @@ class TimmBackbone(BaseModule):
     ) -> None:
         super().__init__(init_cfg=init_cfg)
         check_model_name(model_name, 'TimmBackbone')
+        self.model_name, self.model_args = model_name, dict(model_args or {})
         model: Any = made_by_timm(
             'TimmBackbone',
             model_name,
@@ -71,7 +72,9 @@ class TimmBackbone(BaseModule):
         if source is None:
             super().init_weights()
             return
-        state = fit_timm_state(self.model, read_state_dict(source), source)
+        found = read_state_dict(source)
+        check_timm_depth(self.model_name, self.model_args, found, source)
+        state = fit_timm_state(self.model, found, source)
         self.model.load_state_dict(state)
         print_log(f'TimmBackbone: {len(state)} tensors loaded from {source}', logger='current')
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gplq.errors import RecipeError
-from gplq.plugins.checkpoint_file import check_depth
+from gplq.plugins.checkpoint_file import check_depth, parameter_names
 from gplq.plugins.positions import absolute_positions, relative_bias
 from gplq.plugins.pretrained import fit_backbone_state, inside_backbone, read_state_dict
 from gplq.plugins.type_name import pretrained_source
@@ -89,7 +89,7 @@ class ViT(BaseModule):
         path = pretrained_source(self.init_cfg)
         if path is not None:
             found = read_state_dict(path)
-            check_depth(self, inside_backbone(found), path)
+            check_depth(parameter_names(self), inside_backbone(found), path)
             state = fit_backbone_state(self, found, source=path)
             fresh = self.load_state_dict(state, strict=False).missing_keys
             print_log(f'ViT: {len(state)} tensors from {path}; fresh: {fresh or "none"}', logger='current')

@@ -95,6 +95,8 @@ class CUBDataset(ImageDataset):
         named = self._named(root, held) if self.split_file else {}
         if self.split in named.values():
             return [number for number, name in named.items() if name == self.split]
+        if named and self.split == 'test':
+            raise DataError(f'{root}: {self.split_file} names no test image, only {sorted(set(named.values()))}')
         if self.split not in ('train', 'test'):
             known = sorted({'train', 'test', *named.values()})
             raise DataError(f'{root} has no split {self.split!r}, it has {known}')
@@ -110,6 +112,11 @@ class CUBDataset(ImageDataset):
                     f'{root}: {self.split_file} {what} {len(numbers)} images, such as number {min(numbers, key=int)}; '
                     f'it must name a split for each of the {len(out)} with 0 in train_test_split.txt, and for no other'
                 )
+        if 'train' in named.values():
+            raise DataError(
+                f'{root}: {self.split_file} has train, which train_test_split.txt says of other images; it must give '
+                'images that are held out other names, such as dev and test'
+            )
         return named
 
     @staticmethod

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 import gplq
 from gplq.errors import CheckpointError, RecipeError, StageError
-from gplq.plugins.checkpoint_file import check_depth
-from gplq.plugins.pretrained import BACKBONE, inside_backbone, read_state_dict
-from gplq.plugins.timm_weights import fit_timm_state
+from gplq.plugins.pretrained import BACKBONE, read_state_dict
+from gplq.plugins.timm_weights import check_timm_depth, fit_timm_state
 from gplq.plugins.type_name import pretrained_source
 from gplq.record import forget
 
@@ -73,7 +72,7 @@ def _take(model: TimmClassifier, state: Mapping[str, Tensor], source: str) -> No
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CheckpointError(f'{source}: {name} holds NaN or infinite values, so nothing can be learned from it')
-    check_depth(model.backbone, inside_backbone(state), source)
+    check_timm_depth(model.model_name, model.model_args, state, source)
     model.backbone.load_state_dict(fit_timm_state(model.backbone, state, source))
     # Probes of several backbones differ in these alone.
     head = None if model.frozen else _head_in(model, state, source)

@@ -154,8 +154,9 @@ def probe(probes: Sequence[Probe], benchmark: str, model: str, output: Path) -> 
     sizes = {key: _size(one) for key, one in files.items()}
     cfg = config_of(probes[0].config)
     settings = settings_hash(cfg, str(cfg.get('data_root') or ''))
-    known = {(row.command, row.settings_sha256) for row in rows_so_far(output) if row.metric == METRIC}
-    waiting = [one for one in probes if (one.text, settings) not in known]
+    # Of several, tables show the last.
+    known = {row.command: row.settings_sha256 for row in rows_so_far(output) if row.metric == METRIC}
+    waiting = [one for one in probes if known.get(one.text) != settings]
     print(f'{len(probes)} probes, {len(probes) - len(waiting)} of them done already; rows: {output}')
     for one in track_iter_progress(waiting) if waiting else ():
         print(f'\n{one.text}', flush=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from gplq.errors import CheckpointError
 from gplq.layers import LinearCompensation, LinearMap
-from gplq.plugins.checkpoint_file import REMEDY, check_depth, read_checkpoint, tensors_of
+from gplq.plugins.checkpoint_file import REMEDY, check_depth, parameter_names, read_checkpoint, tensors_of
 from gplq.products import QuantizedProduct
 from gplq.record import Stage
 from gplq.weights import WeightQuantizer
@@ -100,7 +100,7 @@ def check_keys(model: nn.Module, checkpoint: dict[str, Any], source: str, stage:
             )
         if state[name].is_floating_point() and not bool(torch.isfinite(state[name]).all()):
             raise CheckpointError(f'{source}: {name} holds NaN or infinite values; train or download it again')
-    check_depth(model, state, source)
+    check_depth(parameter_names(model), state, source)
     return sorted(name for name in set(state) - set(expected) if not name.startswith(own))
 
 

@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 
 from gplq.errors import DataError
 from gplq.plugins.hooks.model import is_classifier, model_of
+from gplq.plugins.hooks.settings import HookSettings
 
 __all__ = ['DataHook', 'check_batches']
 
@@ -36,9 +37,10 @@ class DataHook(Hook):
     def before_train(self, runner: Runner) -> None:
         check_batches(runner.train_loop.dataloader)
         model, train = model_of(runner), runner.train_loop.dataloader.dataset
-        # Features are learned from any images, in a single folder as well.
+        # Features are learned, and quantizers calibrated, from any images, in a single folder as well.
         parts = [part for hook in runner.hooks for part in getattr(hook, 'parts', (hook,))]
-        labels = not any(getattr(getattr(part, 'settings', None), 'label_free', False) for part in parts)
+        settings = [part.settings for part in parts if isinstance(getattr(part, 'settings', None), HookSettings)]
+        labels = not any(one.label_free or not one.trains for one in settings)
         if labels:
             _check_outputs(model, train, 'train')
         if runner.val_loop is not None:

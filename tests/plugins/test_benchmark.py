@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -141,6 +142,9 @@ def test_a_run_is_done_when_each_step_has_every_metric(make_runs: Callable[..., 
     assert run.is_done(['top1'], sha256, settings, rows)
     assert not run.is_done(['top1'], 64 * '0', settings, rows)
     assert not run.is_done(['top1'], sha256, 64 * 'b', rows)
+    later = [replace(row, settings_sha256=64 * 'b') for row in rows]
+    # Measured with other settings since, it is not in the tables any more.
+    assert not run.is_done(['top1'], sha256, settings, [*rows, *later])
     # A run that was killed between two rows is not done.
     assert not any(run.is_done(['top1', 'top5'], sha256, settings, rows[:count]) for count in range(4))
 

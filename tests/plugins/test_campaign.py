@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gplq.plugins.benchmark import Run
-from gplq.plugins.campaign import carry_out, model_of_config, task_of
+from gplq.plugins.campaign import MARK, carry_out, model_of_config, task_of
 from gplq.plugins.results import ResultError, read_rows
 
 TRAIN = """
@@ -97,6 +97,28 @@ def test_another_config_is_another_measurement(
     assert calls() == 2 * ['fp32_w32_s0', 'rtn_w4_s0']
     rows = read_rows(output)
     assert len({row.settings_sha256 for row in rows}) == 2 and len(rows) == 4
+
+
+def test_settings_that_return_are_measured_again(
+    calls: Callable[[], list[str]], make_runs: Callable[..., list[Run]]
+) -> None:
+    """Or tables would show the others' figures, which came later."""
+    runs = make_runs(['rtn'], [4], [0], [''], task='classification')
+    for text in (HOOK, HOOK + 'default_hooks["gplq"]["mimicking"] = 10', HOOK):
+        Path('configs/a.py').write_text(text)
+        carry_out(runs, ['top1'], '/data', Path('rows.jsonl'))
+    assert calls() == 3 * ['rtn_w4_s0']
+
+
+@pytest.mark.parametrize('damage', ['', '{'])
+def test_a_stage_with_a_damaged_mark_is_trained_again(
+    damage: str, calls: Callable[[], list[str]], make_runs: Callable[..., list[Run]]
+) -> None:
+    first, second = make_runs(['gplq'], [4, (2, 4)], [0], [''], task='classification')
+    carry_out([first], ['top1'], '/data', Path('rows.jsonl'))
+    (first.work_dir / MARK).write_text(damage)
+    carry_out([first, second], ['top1'], '/data', Path('rows.jsonl'))
+    assert calls() == [*2 * ['gplq_w4_s0'], 'gplq_w2a4_s0']
 
 
 @pytest.mark.parametrize('what', ['checkpoint', 'config'])

@@ -72,6 +72,14 @@ def test_data_root_has_to_be_said(config: str, monkeypatch: pytest.MonkeyPatch) 
         read(config, 'fp32.pth')
 
 
+def test_a_variant_of_what_is_no_dict_is_refused(config: str) -> None:
+    Path(config).write_text(CONFIG.replace("GPLQHook'", "GPLQHook', recipe='w4a4'"))
+    with pytest.raises(
+        ResultError, match=r'gplq_vit_cells.py .* do not take .*recipe\..* write such a setting as dict'
+    ):
+        read(config, 'fp32.pth').runs(['gplq'], ['', 'folded'])
+
+
 @pytest.mark.parametrize('options', [[], ['--options', 'default_hooks.gplq.mimicking=10']])
 def test_a_variant_that_changes_nothing_is_refused(config: str, options: list[str]) -> None:
     """By its name the table would tell apart what is the same."""

@@ -111,6 +111,31 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
         backbone.init_weights()
 
 
+@pytest.mark.parametrize('kind', ['classifier', 'detector'])
+@pytest.mark.parametrize(
+    ('name', 'settings', 'deeper', 'indices'),
+    [
+        ('swin_tiny_patch4_window7_224', SWIN, dict(depths=(1, 1, 3, 1)), (0, 1, 2, 3)),
+        ('vit_tiny_patch16_224', dict(img_size=64, depth=2, embed_dim=24, num_heads=3), dict(depth=3), (1,)),
+    ],
+)
+def test_a_deeper_model_is_refused(
+    kind: str, name: str, settings: dict[str, Any], deeper: dict[str, Any], indices: tuple[int, ...], tmp_path: Path
+) -> None:
+    if kind == 'classifier':
+        saved = timm.create_model(name, num_classes=3, **{**settings, **deeper}).state_dict()
+    else:
+        whole = TimmBackbone(
+            name, out_indices=(*indices[:-1], indices[-1] + (len(indices) == 1)), model_args={**settings, **deeper}
+        )
+        saved = {f'backbone.{key}': value for key, value in whole.state_dict().items()}
+    torch.save(saved, tmp_path / 'deep.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'deep.pth'))
+    backbone = TimmBackbone(name, out_indices=indices, model_args=settings, init_cfg=init_cfg)
+    with pytest.raises(ValueError, match='deep.pth is of a deeper model'):
+        backbone.init_weights()
+
+
 def test_a_detector_with_more_stages_is_read(tmp_path: Path) -> None:
     detector = torch.nn.Module()
     detector.backbone = TimmBackbone('swin_tiny_patch4_window7_224', model_args=SWIN)

@@ -72,6 +72,18 @@ def test_the_first_blocks_of_a_deeper_model_are_refused(
         model.init_weights()
 
 
+def test_a_layer_before_the_classifier_is_not_another_block(tmp_path: Path) -> None:
+    """Without its classifier this model's head is shorter."""
+    file = tmp_path / 'whole.safetensors'
+    state = timm.create_model('efficientvit_b0').state_dict()
+    save_file(state, file)
+    init_cfg = dict(type='Pretrained', checkpoint=str(file))
+    model = TimmClassifier('efficientvit_b0', num_classes=5, init_cfg=init_cfg)
+    model.init_weights()
+    loaded = model.backbone.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.items())
+
+
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [(dict(in_chans=1), 'images have 3 channels .* made for 1'), (dict(global_pool=''), 'not pooled to one vector')],

@@ -95,6 +95,11 @@ def test_a_list_of_splits_that_was_cut_off(cub_root: Path) -> None:
     [
         (lambda lines: lines[:2], 'dev_test_split.txt says nothing of 4 images, such as number 9; .* each of the 6 '),
         (lambda lines: ['1 test', *lines], 'dev_test_split.txt has also 1 images, such as number 1; .* no other'),
+        (lambda lines: [lines[0].replace('dev', 'train'), *lines[1:]], 'dev_test_split.txt has train, .* held out'),
+        (
+            lambda lines: [line.replace('test', 'dev') for line in lines],
+            r"split.txt names no test image, only \['dev'\]",
+        ),
         (lambda lines: [*lines, '99 test'], 'dev_test_split.txt has also 1 images, such as number 99'),
     ],
 )

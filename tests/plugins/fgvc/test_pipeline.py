@@ -295,11 +295,11 @@ def test_features_are_learned_from_images_without_classes(make_config: Callable[
         split='train',
         pipeline=config.train_dataloader.dataset.pipeline,
     )
-    for label_free in (False, True):
-        config.default_hooks.gplq.update(label_free=label_free, targets=['backbone'])
+    for settings in ({}, dict(label_free=True), dict(label_free=False, iterations=0)):
+        config.default_hooks.gplq.update(targets=['backbone'], **settings)
         runner = Runner.from_cfg(config)
         runner.register_hook(DataHook())
-        if label_free:
+        if settings:
             runner.train()
         else:
             with pytest.raises(DataError, match='train_dataloader has 1 classes'):

@@ -28,6 +28,7 @@ from gplq.errors import (
     TargetError,
     TrainingError,
 )
+from gplq.plugins.checkpoint_file import check_depth, parameter_names
 
 MakeConfig = Callable[..., Config]
 
@@ -151,6 +152,13 @@ def test_checkpoint_of_a_deeper_model(make_config: MakeConfig, toy: ModuleType, 
     config.load_from = str(path)
     message = r'deep.pth is of a deeper model: 12 of its tensors .* such as backbone\.blocks\.2'
     refused(config, CheckpointError, message)
+
+
+def test_shared_layers_are_no_further_ones() -> None:
+    """As some detectors' heads have them on every level."""
+    model = torch.nn.ModuleList(2 * [torch.nn.Linear(2, 2)])
+    assert len(parameter_names(model)) == len(model.state_dict()) == 4
+    check_depth(parameter_names(model), model.state_dict(), 'own.pth')
 
 
 def test_checkpoint_with_nan(make_config: MakeConfig, checkpoint: Path, tmp_path: Path) -> None:
