@@ -16,7 +16,15 @@ from torch import nn
 from gplq.errors import CheckpointError
 from gplq.plugins.safe_load import allow_mmengine_objects
 
-__all__ = ['REMEDY', 'check_depth', 'parameter_names', 'quantization_of', 'read_checkpoint', 'tensors_of']
+__all__ = [
+    'REMEDY',
+    'check_depth',
+    'parameter_names',
+    'quantization_of',
+    'read_checkpoint',
+    'tensors_beyond',
+    'tensors_of',
+]
 
 REMEDY = "give a checkpoint of this config's model, in training by load_from (--cfg-options load_from=PATH)"
 
@@ -110,6 +118,12 @@ def parameter_names(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
+def tensors_beyond(own: Collection[str], state: Collection[str]) -> list[str]:
+    """Names in ``state`` of blocks or layers, by their numbers, beyond those of a model with parameters ``own``."""
+    series = {_NUMBER.sub('#', name) for name in own}
+    return sorted(name for name in state if name not in own and _NUMBER.sub('#', name) in series)
+
+
 def check_depth(own: Collection[str], state: Collection[str], source: str) -> None:
     """Refuse a deeper model's tensors, of which the first blocks would be taken for the whole.
 
@@ -121,8 +135,7 @@ def check_depth(own: Collection[str], state: Collection[str], source: str) -> No
     Raises:
         CheckpointError: if there are blocks or layers, by their numbers, beyond the model's own.
     """
-    series = {_NUMBER.sub('#', name) for name in own}
-    beyond = sorted(name for name in state if name not in own and _NUMBER.sub('#', name) in series)
+    beyond = tensors_beyond(own, state)
     if beyond:
         raise CheckpointError(
             f'{source} is of a deeper model: {len(beyond)} of its tensors are of blocks or layers that this one does '

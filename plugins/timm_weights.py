@@ -13,13 +13,12 @@ from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
 from gplq.errors import RecipeError
-from gplq.plugins.checkpoint_file import check_depth, parameter_names
+from gplq.plugins.checkpoint_file import check_depth, parameter_names, tensors_beyond
 from gplq.plugins.pretrained import fit_backbone_state, inside_backbone
 
 __all__ = ['check_model_name', 'check_timm_depth', 'fit_timm_state', 'made_by_timm']
 
 _PREFIX = re.compile(r'^(model\.)+')
-_STAGE = re.compile(r'_(\d+)\.')
 
 
 def check_model_name(name: str, owner: str) -> None:
@@ -56,8 +55,8 @@ def fit_timm_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -
         CheckpointError: a tensor is missing or has another shape, as if ``source`` held another architecture.
     """
     own = model.state_dict()
-    names = {_flat(name): name for name in own}
-    renamed = {names.get(_flat(name), name): value for name, value in inside_backbone(state).items()}
+    names = {_plain(name): name for name in own}
+    renamed = {names.get(_plain(name), name): value for name, value in inside_backbone(state).items()}
     resized = {
         name: _with_positions_of(model, own, name, _with_windows_of(own, name, value))
         for name, value in renamed.items()
@@ -65,28 +64,26 @@ def fit_timm_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -
     return fit_backbone_state(model, resized, source)
 
 
-def check_timm_depth(model_name: str, model_args: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> None:
+def check_timm_depth(
+    model: nn.Module, name: str, options: Mapping[str, Any], state: Mapping[str, Tensor], source: str
+) -> None:
     """Refuse a deeper timm model's tensors.
 
-    They are compared with the whole model by that name: one that gives feature maps leaves its last blocks out, one
-    without a classifier a layer before it.
+    ``model`` itself may be a part: one that gives feature maps leaves its last blocks out, one without a classifier a
+    layer before it. What goes beyond it is compared with the whole model of that name and these options.
 
     Raises:
         CheckpointError: as :func:`gplq.plugins.checkpoint_file.check_depth` does.
     """
-    whole = made_by_timm(model_name, model_name, **{key: model_args[key] for key in model_args if key != 'feature_cls'})
-    own, found = ({_dotted(name) for name in names} for names in (parameter_names(whole), inside_backbone(state)))
-    check_depth(own, found, source)
+    found = {_plain(tensor) for tensor in inside_backbone(state)}
+    if tensors_beyond({_plain(tensor) for tensor in parameter_names(model)}, found):
+        whole = made_by_timm(name, name, **{key: options[key] for key in options if key != 'feature_cls'})
+        check_depth({_plain(tensor) for tensor in parameter_names(whole)}, found, source)
 
 
-def _dotted(name: str) -> str:
-    """Name a tensor as a classifier does; timm's feature models call `layers.0` `layers_0`."""
-    return _STAGE.sub(r'.\1.', _PREFIX.sub('', name))
-
-
-def _flat(name: str) -> str:
-    """Name a tensor alike in a classifier and in timm's feature model, whose `layers.0` is `layers_0`."""
-    return name.removeprefix('model.').replace('.', '_')
+def _plain(name: str) -> str:
+    """Name a tensor alike in a classifier and in timm's feature models: `layers_0` and `model.layers.0`."""
+    return _PREFIX.sub('', name).replace('_', '.')
 
 
 def _with_positions_of(model: Any, own: Mapping[str, Tensor], name: str, value: Tensor) -> Tensor:

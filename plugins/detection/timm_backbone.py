@@ -73,7 +73,7 @@ class TimmBackbone(BaseModule):
             super().init_weights()
             return
         found = read_state_dict(source)
-        check_timm_depth(self.model_name, self.model_args, found, source)
+        check_timm_depth(self.model, self.model_name, self.model_args, found, source)
         state = fit_timm_state(self.model, found, source)
         self.model.load_state_dict(state)
         print_log(f'TimmBackbone: {len(state)} tensors loaded from {source}', logger='current')

@@ -72,7 +72,7 @@ def _take(model: TimmClassifier, state: Mapping[str, Tensor], source: str) -> No
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CheckpointError(f'{source}: {name} holds NaN or infinite values, so nothing can be learned from it')
-    check_timm_depth(model.model_name, model.model_args, state, source)
+    check_timm_depth(model.backbone, model.model_name, model.model_args, state, source)
     model.backbone.load_state_dict(fit_timm_state(model.backbone, state, source))
     # Probes of several backbones differ in these alone.
     head = None if model.frozen else _head_in(model, state, source)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from gplq.plugins.detection import TimmBackbone
 
 SWIN = dict(img_size=64, window_size=4, embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))
+VIT = dict(img_size=64, depth=2, embed_dim=24, num_heads=3)
 
 
 def test_swin_gives_channels_first_at_four_strides() -> None:
@@ -113,27 +114,37 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize('kind', ['classifier', 'detector'])
 @pytest.mark.parametrize(
-    ('name', 'settings', 'deeper', 'indices'),
+    ('name', 'settings', 'deeper', 'last', 'deepest'),
     [
-        ('swin_tiny_patch4_window7_224', SWIN, dict(depths=(1, 1, 3, 1)), (0, 1, 2, 3)),
-        ('vit_tiny_patch16_224', dict(img_size=64, depth=2, embed_dim=24, num_heads=3), dict(depth=3), (1,)),
+        ('swin_tiny_patch4_window7_224', SWIN, dict(depths=(1, 1, 3, 1)), 3, 3),
+        ('vit_tiny_patch16_224', VIT, dict(depth=3), 1, 2),
     ],
 )
 def test_a_deeper_model_is_refused(
-    kind: str, name: str, settings: dict[str, Any], deeper: dict[str, Any], indices: tuple[int, ...], tmp_path: Path
+    kind: str, name: str, settings: dict[str, Any], deeper: dict[str, Any], last: int, deepest: int, tmp_path: Path
 ) -> None:
     if kind == 'classifier':
         saved = timm.create_model(name, num_classes=3, **{**settings, **deeper}).state_dict()
     else:
-        whole = TimmBackbone(
-            name, out_indices=(*indices[:-1], indices[-1] + (len(indices) == 1)), model_args={**settings, **deeper}
-        )
+        whole = TimmBackbone(name, out_indices=(deepest,), model_args={**settings, **deeper})
         saved = {f'backbone.{key}': value for key, value in whole.state_dict().items()}
     torch.save(saved, tmp_path / 'deep.pth')
     init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'deep.pth'))
-    backbone = TimmBackbone(name, out_indices=indices, model_args=settings, init_cfg=init_cfg)
+    backbone = TimmBackbone(name, out_indices=(last,), model_args=settings, init_cfg=init_cfg)
     with pytest.raises(ValueError, match='deep.pth is of a deeper model'):
         backbone.init_weights()
+
+
+def test_the_plain_vit_of_a_detector_is_read(tmp_path: Path) -> None:
+    """timm's class around it adds a name of its own to each tensor's."""
+    detector = torch.nn.Module()
+    detector.backbone = TimmBackbone('vit_tiny_patch16_224', out_indices=(1,), model_args=VIT)
+    torch.save({'state_dict': detector.state_dict()}, tmp_path / 'detector.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'detector.pth'))
+    backbone = TimmBackbone('vit_tiny_patch16_224', out_indices=(1,), model_args=VIT, init_cfg=init_cfg)
+    backbone.init_weights()
+    found = backbone.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in detector.backbone.state_dict().items())
 
 
 def test_a_detector_with_more_stages_is_read(tmp_path: Path) -> None:
