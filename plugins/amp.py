@@ -1,5 +1,6 @@
 """Mixed precision that also runs where mmengine's AmpOptimWrapper does not: on the CPU."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,17 +16,23 @@ __all__ = ['BFloat16OptimWrapper', 'computes_bfloat16']
 CPUINFO = Path('/proc/cpuinfo')
 # What it calls instructions for bfloat16: Intel's and AMD's, then ARM's.
 INSTRUCTIONS = {'amx_bf16', 'avx512_bf16', 'bf16'}
+# What limits oneDNN, whose products these are, and the limits below those instructions.
+LIMIT = 'ONEDNN_MAX_CPU_ISA'
+WITHOUT = {'SSE41', 'AVX', 'AVX2', 'AVX2_VNNI', 'AVX2_VNNI_2', 'AVX512_CORE', 'AVX512_CORE_VNNI'}
 
 
 def computes_bfloat16(device: str) -> bool:
     """Whether a kind of device (`'cpu'`, `'cuda'`, …) multiplies bfloat16 itself, which is faster than float32 then.
 
-    Where it does not, libraries emulate it, on a CPU with AVX2 some sixty times slower than float32.
+    Where it does not, libraries emulate it, on a CPU with AVX2 some sixty times slower than float32. So they do where
+    ``ONEDNN_MAX_CPU_ISA`` keeps oneDNN from the instructions: ``AVX512_CORE_VNNI`` makes any CPU train in float32.
     """
     if device == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device != 'cpu':
         return True
+    if os.environ.get(LIMIT, '').upper() in WITHOUT:
+        return False
     return CPUINFO.is_file() and not INSTRUCTIONS.isdisjoint(CPUINFO.read_text().split())
 
 

@@ -1,7 +1,8 @@
-"""Files of checkpoints: read without executing anything in them."""
+"""Files of checkpoints: read without executing anything in them, and written alike for the same weights."""
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import textwrap
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from gplq.errors import CheckpointError
+from gplq.files import write_bytes_atomically
 from gplq.plugins.safe_load import allow_mmengine_objects
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     'read_checkpoint',
     'tensors_beyond',
     'tensors_of',
+    'write_checkpoint',
 ]
 
 REMEDY = "give a checkpoint of this config's model, in training by load_from (--cfg-options load_from=PATH)"
@@ -67,6 +70,19 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f'checkpoint {path} holds a {type(checkpoint).__name__}, not a state dict')
     return checkpoint
+
+
+def write_checkpoint(path: str, content: dict[str, Any]) -> None:
+    """Write a checkpoint in one step; the same content is the same bytes, by whose hash results know a checkpoint.
+
+    ``torch.save`` would put the name of the file that it writes to into it.
+
+    Raises:
+        WriteError: if it cannot be written; what was there before stays.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_bytes_atomically(path, buffer.getvalue())
 
 
 def _damage(path: str) -> str | None:

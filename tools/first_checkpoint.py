@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 from mmengine.registry import MODELS, init_default_scope
 
 from gplq.errors import CheckpointError
-from gplq.files import write_atomically
+from gplq.plugins.checkpoint_file import write_checkpoint
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
 from gplq.record import is_prepared
 
@@ -46,7 +45,7 @@ def main() -> None:
         raise CheckpointError(
             f'{args.config}: its init_cfg brings a quantized model, and load_from takes FP32 weights: name an FP32 file'
         )
-    write_atomically(args.output, lambda path: torch.save({'state_dict': model.state_dict()}, path))
+    write_checkpoint(args.output, {'state_dict': model.state_dict()})
     print(f'{len(model.state_dict())} tensors: {Path(args.output)}')
 
 

@@ -6,18 +6,15 @@ Quantize both to see what outliers cost: a small model trained from scratch has 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-import torch
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from gplq import prepare
 from gplq.errors import CheckpointError, GPLQError
-from gplq.files import write_atomically
 from gplq.independent_copy import independent_copy
 from gplq.outliers import inject_outliers
-from gplq.plugins.checkpoint_file import quantization_of, read_checkpoint, tensors_of
+from gplq.plugins.checkpoint_file import quantization_of, read_checkpoint, tensors_of, write_checkpoint
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
 from gplq.plugins.hooks.checkpoints import check_keys
 from gplq.plugins.hooks.model import blank_forward
@@ -74,10 +71,8 @@ def main() -> None:
     found = inject_outliers(model, norms_and_readers(model, settings), args.factors, args.seed)
     if not found.norms:
         raise GPLQError(f'{args.config}: no LayerNorm of its backbone is read by a single Linear')
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     meta = {name: value for name, value in checkpoint.get('meta', {}).items() if name == 'dataset_meta'}
-    content = {'meta': meta, 'state_dict': model.state_dict()}
-    write_atomically(args.output, lambda path: torch.save(content, path))
+    write_checkpoint(args.output, {'meta': meta, 'state_dict': model.state_dict()})
     print(f'{found.channels} outlier channels in {found.norms} LayerNorms: {args.output}')
 
 

@@ -59,6 +59,20 @@ def test_the_processor_says_whether_it_computes_bfloat16(
     cpuinfo = tmp_path / 'cpuinfo'
     cpuinfo.write_text(f'processor : 0\n{flags}\n')
     monkeypatch.setattr(amp, 'CPUINFO', cpuinfo)
+    monkeypatch.delenv('ONEDNN_MAX_CPU_ISA', raising=False)
     assert computes_bfloat16('cpu') is computes
     monkeypatch.setattr(amp, 'CPUINFO', tmp_path / 'none')
     assert not computes_bfloat16('cpu')
+
+
+@pytest.mark.parametrize(
+    ('limit', 'computes'), [('avx512_core_vnni', False), ('AVX2', False), ('AVX512_CORE_BF16', True), ('ALL', True)]
+)
+def test_instructions_that_onednn_is_kept_from_do_not_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, computes: bool
+) -> None:
+    cpuinfo = tmp_path / 'cpuinfo'
+    cpuinfo.write_text('flags : avx512f avx512_bf16\n')
+    monkeypatch.setattr(amp, 'CPUINFO', cpuinfo)
+    monkeypatch.setenv('ONEDNN_MAX_CPU_ISA', limit)
+    assert computes_bfloat16('cpu') is computes
