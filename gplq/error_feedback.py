@@ -11,6 +11,8 @@ __all__ = ['damped', 'round_with_feedback']
 
 # Beyond it the inputs are not finite.
 _LARGEST_DAMPING = 1e6
+# Where none was asked for and some is needed.
+_LEAST_DAMPING = 1e-8
 
 
 def damped(gram: Tensor, damping: float = 0.01) -> Tensor:
@@ -24,8 +26,9 @@ def damped(gram: Tensor, damping: float = 0.01) -> Tensor:
     mean = gram.diagonal().mean()
     gram.diagonal().add_(damping * mean)
     while damping < _LARGEST_DAMPING and bool(torch.linalg.cholesky_ex(gram).info):
-        gram.diagonal().add_(9 * damping * mean)
-        damping *= 10
+        more = max(10 * damping, _LEAST_DAMPING)
+        gram.diagonal().add_((more - damping) * mean)
+        damping = more
     return gram
 
 

@@ -157,7 +157,8 @@ def render_table(rows: Iterable[ResultRow], metrics: Sequence[str], also: Sequen
     replaces the earlier one.
 
     Raises:
-        ResultError: rows of one model start from two checkpoints, or are of two splits or scopes.
+        ResultError: rows of one model start from two checkpoints, or are of two splits or scopes, or of one config
+            that said two things.
     """
     extra = [name for name in also if name != INTERVAL]
     bounds = {metric: [metric + end for end in BOUNDS] for metric in metrics if INTERVAL in also}
@@ -179,6 +180,7 @@ def render_table(rows: Iterable[ResultRow], metrics: Sequence[str], also: Sequen
         # They were of the figure that this one replaces.
         for bound in bounds.get(row.metric, ()):
             group.get(bound, {}).pop(row.seed, None)
+    _check_settings(row for group in groups.values() for runs in group.values() for row in runs.values())
     models = len({key[0] for key in groups}) > 1
     variants = any(key[4] for key in groups)
     head = (['model'] if models else []) + ['method'] + (['variant'] if variants else []) + ['bits']
@@ -204,6 +206,26 @@ def render_table(rows: Iterable[ResultRow], metrics: Sequence[str], also: Sequen
 
 def _identity(row: ResultRow) -> tuple[str, ...]:
     return row.benchmark, row.split, row.scope, row.checkpoint_sha256
+
+
+def _check_settings(shown: Iterable[ResultRow]) -> None:
+    """Refuse to set side by side what one config gave before and after it, or its data, was changed.
+
+    Rows from before there was a hash of the settings stand beside any.
+
+    Raises:
+        ResultError: rows of one model and config have two hashes.
+    """
+    first: dict[tuple[str, str], ResultRow] = {}
+    for row in shown:
+        config = next((part for part in row.command.split()[2:] if part.endswith('.py')), '')
+        start = first.setdefault((row.model, config), row) if row.settings_sha256 else row
+        if start.settings_sha256 != row.settings_sha256:
+            raise ResultError(
+                f'{row.benchmark}: {config} or its data was changed between the rows of {row.model} by '
+                f'{start.method} {start.variant!r} and by {row.method} {row.variant!r} (settings_sha256 '
+                f'{start.settings_sha256:.8} and {row.settings_sha256:.8}): measure the former again by its command'
+            )
 
 
 def _order(key: _Key) -> tuple[str | int, ...]:

@@ -122,6 +122,12 @@ class CUBDataset(ImageDataset):
     @staticmethod
     def _classes(root: Path) -> tuple[str, ...]:
         names = _table(root / 'classes.txt')
+        missing = sorted(set(range(1, len(names) + 1)) - {int(number) for number in names})
+        if missing:
+            raise DataError(
+                f'{root}: classes.txt has {len(names)} classes and none of number {missing[0]}; it must number them '
+                f'from 1 on without a gap; {HOW}'
+            )
         return tuple(names[number].partition('.')[2] or names[number] for number in sorted(names, key=int))
 
 

@@ -54,7 +54,7 @@ def read_rgb(path: str) -> Image.Image:
     """An image file in three channels of 8 bits.
 
     Raises:
-        DataError: it cannot be decoded, or its pixels are floating point.
+        DataError: it cannot be decoded, or its pixels are floating point or have more than 16 bits.
     """
     try:
         with Image.open(path) as image:
@@ -69,9 +69,14 @@ def _rgb(image: Image.Image) -> Image.Image:
         raise ValueError('its pixels are floating point, of which nobody knows what is white; store 8 or 16 bits')
     if image.mode.startswith('I'):
         values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() >= 1 << 16:
+            raise ValueError(
+                f'its pixels go from {values.min()} to {values.max()}, of which nobody knows what is white; store 8 or '
+                '16 bits'
+            )
         # Some store 8 bits in 16 or 32.
         values = values >> 8 if values.max() > 255 else values
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(values.astype(np.uint8))
     return image.convert('RGB')
 
 

@@ -73,3 +73,12 @@ def test_inputs_that_are_all_but_equal():
     assert (rounded - weight).abs().max() < 4 * float(scales.scale.max())
     # What is positive definite has the damping that was asked for.
     assert torch.equal(damped(torch.eye(3)), 1.01 * torch.eye(3, dtype=torch.float64))
+
+
+def test_no_damping_where_some_is_needed():
+    ones = torch.ones(3, 3, dtype=torch.float64)
+    assert torch.equal(damped(ones + torch.eye(3), 0.0), ones + torch.eye(3))
+    # Of rank one: the least share, or ten times as much, makes it positive definite.
+    made = damped(ones, 0.0)
+    assert not torch.linalg.cholesky_ex(made).info
+    assert torch.allclose(made, ones, rtol=0, atol=1e-6)

@@ -135,6 +135,22 @@ def test_figures_of_two_checkpoints_do_not_stand_side_by_side(method: str, seed:
         render_table(rows, ['bbox_mAP'])
 
 
+def test_what_a_config_said_before_and_after_a_change_does_not_stand_side_by_side() -> None:
+    def row(method: str, value: float, settings: str | None, config: str = 'configs/a.py', **changes) -> ResultRow:
+        command = f'python tools/train.py {config} --cfg-options a=1'
+        return make_row(method, 4, 4, value, settings_sha256=settings, command=command, **changes)
+
+    before, after = 64 * 'a', 64 * 'b'
+    rows = [row('gplq', 0.5, before), row('rtn', 0.4, before), row('rtn', 0.3, after, seed=1)]
+    with pytest.raises(
+        ResultError, match=r"configs/a.py or its data .* by gplq '' and by rtn '' .*aaaaaaaa and bbbbbbb"
+    ):
+        render_table(rows, ['bbox_mAP'])
+    # What was measured again is not shown, rows without a hash may be, and another config is another matter.
+    again = [row('gplq', 0.6, after), row('rtn', 0.3, after), row('qwt', 0.2, None), row('lsq', 0.1, before, 'b.py')]
+    assert '0.600' in render_table([*rows, *again], ['bbox_mAP'])
+
+
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     """A folder with `results/toy.jsonl`: rows of round-to-nearest on two splits and of ours on one."""

@@ -149,6 +149,7 @@ def test_floating_point_pixels_are_left_out_with_what_cannot_be_decoded(cub_root
         ('bounding_boxes.txt', '1 1 1 -2 1', "'1 1 -2 1' for image 1, not X Y"),
         ('image_class_labels.txt', '1 ²', "'²' for image 1, no number"),
         ('images.txt', '2 001.Black_footed_Albatross/bird_1.jpg', 'images.txt has image 2 more than once'),
+        ('classes.txt', '4 001.Black_footed_Albatross', 'classes.txt has 3 classes and none of number 1'),
         ('train_test_split.txt', '1 true', "train_test_split.txt has '1 true', where the image is 1 for train"),
     ],
 )

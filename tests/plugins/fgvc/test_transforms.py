@@ -107,6 +107,14 @@ def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
         LoadImage()({'img_path': str(tmp_path / 'a.tiff')})
 
 
+@pytest.mark.parametrize('values', [[0, 65536], [-1, 7]])
+def test_pixels_of_more_than_sixteen_bits_are_refused(values: list[int], tmp_path: Path) -> None:
+    Image.fromarray(np.array([values], np.int32)).save(tmp_path / 'a.tiff')
+    told = f'a.tiff cannot be read as an image: its pixels go from {min(values)} to {max(values)}'
+    with pytest.raises(DataError, match=told):
+        LoadImage()({'img_path': str(tmp_path / 'a.tiff')})
+
+
 def test_sixteen_bits_of_grey_become_eight(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 256, 40000, 65535]], np.uint16)).save(tmp_path / 'deep.png')
     picture = LoadImage()({'img_path': str(tmp_path / 'deep.png')})['img']
