@@ -110,24 +110,43 @@ def _examples(module: nn.Module, name: str, given: Tensor | Sequence[Tensor] | N
 
 
 def _pack_weights(graph: onnx.ModelProto) -> None:
-    """Store weight codes that fit into 4 bits as such; engines unpack them when they load the file."""
-    import numpy as np
-    import onnx
-    from onnx import numpy_helper
+    """Store weight codes that fit into 4 bits as such, or would if counted from their channel's lowest.
 
-    weights = {node.input[0] for node in graph.graph.node if node.op_type == 'DequantizeLinear'}
-    for tensor in [t for t in graph.graph.initializer if t.name in weights]:
+    Engines unpack them when they load the file.
+    """
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    axes = {
+        node.input[0]: attribute.i
+        for node in graph.graph.node
+        for attribute in node.attribute
+        if node.op_type == 'DequantizeLinear' and attribute.name == 'axis'
+    }
+    for tensor in [t for t in graph.graph.initializer if t.name in axes]:
         codes = numpy_helper.to_array(tensor)
-        signed = codes.dtype == np.int8
-        low, high = (-8, 7) if signed else (0, 15)
-        if codes.size == 0 or codes.min() < low or codes.max() > high:
+        signed = codes.size > 0 and codes.min() >= -8 and codes.max() <= 7
+        others = tuple(axis for axis in range(codes.ndim) if axis != axes[tensor.name])
+        lowest = codes.min(axis=others, keepdims=True).astype(np.int32) if codes.size else codes
+        counted = codes if signed else codes - lowest
+        if not codes.size or counted.max() > 15:
             continue
-        nibbles = np.append(codes.reshape(-1), np.zeros(codes.size % 2, codes.dtype)).astype(np.uint8) & 15
+        nibbles = np.append(counted.reshape(-1), np.zeros(codes.size % 2)).astype(np.int8).view(np.uint8) & 15
         packed = (nibbles[0::2] | nibbles[1::2] << 4).astype(np.uint8)
-        kind = onnx.TensorProto.INT4 if signed else onnx.TensorProto.UINT4
         name = f'{tensor.name}.packed'
-        wide = onnx.TensorProto.INT8 if signed else onnx.TensorProto.UINT8
-        unpack = onnx.helper.make_node('Cast', [name], [tensor.name], to=wide)
-        graph.graph.initializer.append(onnx.helper.make_tensor(name, kind, codes.shape, packed.tobytes(), raw=True))
+        kind = TensorProto.INT4 if signed else TensorProto.UINT4
+        added = [helper.make_tensor(name, kind, codes.shape, packed.tobytes(), raw=True)]
+        if signed or not lowest.any():
+            nodes = [helper.make_node('Cast', [name], [tensor.name], to=TensorProto.INT8)]
+        else:
+            added.append(numpy_helper.from_array(lowest, f'{tensor.name}.lowest'))
+            wide, sums = f'{tensor.name}.counted', f'{tensor.name}.sums'
+            nodes = [
+                helper.make_node('Cast', [name], [wide], to=TensorProto.INT32),
+                helper.make_node('Add', [wide, added[1].name], [sums]),
+                helper.make_node('Cast', [sums], [tensor.name], to=TensorProto.INT8),
+            ]
+        graph.graph.initializer.extend(added)
         graph.graph.initializer.remove(tensor)
-        graph.graph.node.insert(0, unpack)
+        for node in reversed(nodes):
+            graph.graph.node.insert(0, node)

@@ -21,12 +21,11 @@ from gplq.two_part import TwoPartQuantizer
 
 __all__ = ['exported_twin', 'outputs_and_codes']
 
-# Codes are stored as unsigned bytes with a zero point: x86 machines multiply unsigned by signed bytes, and ONNX Runtime
-# would convert signed ones itself.
-_CODES = torch.uint8
 # x86 machines without VNNI add two products of bytes, an unsigned one by a signed one, in 16 bits: larger signed codes
-# would be cut off there without a word. Two unsigned bytes are multiplied otherwise.
+# on the right would be cut off there without a word.
 _LARGEST_SIGNED = 32767 // (2 * 255)
+# What larger weights are taken apart by.
+_SIXTEEN = 16
 
 
 def exported_twin(model: nn.Module) -> nn.Module:
@@ -95,7 +94,13 @@ class _Coded(nn.Module):
     Written so that no engine has something to rearrange, which would move values that lie next to a tie. They are
     bounded above before the offset is taken off, since OpenVINO takes it off a LayerNorm's bias otherwise, and below
     by QuantizeLinear itself. Signed codes are made unsigned before they are rounded, as OpenVINO does in any case: in
-    single precision some values come to lie at a tie by it.
+    single precision some values come to lie at a tie by it. Not so those of a product of two operands that are both
+    computed, which OpenVINO runs on integers only if neither has a zero point.
+
+    Args:
+        quantizer: of the site.
+        name: of the layer or product, for messages.
+        byte: its codes' type; signed ones have no zero point.
     """
 
     scale: Tensor
@@ -105,7 +110,7 @@ class _Coded(nn.Module):
     zero: Tensor
     one: Tensor
 
-    def __init__(self, quantizer: Quantizer, name: str) -> None:
+    def __init__(self, quantizer: Quantizer, name: str, byte: torch.dtype = torch.uint8) -> None:
         super().__init__()
         if isinstance(quantizer, TwoPartQuantizer):
             raise TargetError(
@@ -120,9 +125,10 @@ class _Coded(nn.Module):
         offset = torch.zeros(()) if quantizer.offset is None else quantizer.offset.detach()
         self.register_buffer('highest', quantizer.spec.qmax + offset)
         self.register_buffer('lowest', quantizer.spec.qmin + offset)
-        self.shifted = bool(self.lowest.any())
-        self.register_buffer('zero_point', torch.tensor(-quantizer.spec.qmin, dtype=_CODES))
-        self.register_buffer('zero', torch.zeros((), dtype=_CODES))
+        self.signed = byte == torch.int8
+        self.shifted = bool(self.lowest.any()) and not self.signed
+        self.register_buffer('zero_point', torch.tensor(0 if self.signed else -quantizer.spec.qmin, dtype=byte))
+        self.register_buffer('zero', torch.zeros((), dtype=byte))
         self.register_buffer('one', torch.ones(()))
         # Sees the codes of every call outside of an export.
         self.watcher: Callable[[_Coded, Tensor, Tensor], None] | None = None
@@ -131,6 +137,7 @@ class _Coded(nn.Module):
         """Whether both give the same codes of any input."""
         constants = ('scale', 'highest', 'lowest')
         alike = all(torch.equal(getattr(self, name), getattr(other, name)) for name in constants)
+        alike = alike and self.signed == other.signed
         return alike and type(self.quantizer) is type(other.quantizer)
 
     def scale_over(self, batch: int) -> Tensor:
@@ -150,17 +157,20 @@ class _Coded(nn.Module):
             per_unit = units.reciprocal() * per_unit
         steps = split if self.folded else split * per_unit
         steps = torch.minimum(steps, self.highest)
-        if self.shifted:
+        if self.signed:
+            # Whole numbers before QuantizeLinear, which OpenVINO rounds 128 higher than they are.
+            steps = torch.maximum(steps, self.lowest).round()
+        elif self.shifted:
             steps = steps - self.lowest
         if torch.compiler.is_exporting():
             onnx = torch.onnx.ops.symbolic
-            codes = onnx('QuantizeLinear', (steps, self.one, self.zero), dtype=_CODES, shape=steps.shape)
+            codes = onnx('QuantizeLinear', (steps, self.one, self.zero), dtype=self.zero.dtype, shape=steps.shape)
             values = onnx('DequantizeLinear', (codes, self.one, self.zero_point), dtype=steps.dtype, shape=steps.shape)
         else:
-            codes = steps.round().clamp(min=0)
+            codes = steps if self.signed else steps.round().clamp(min=0)
             values = codes - self.zero_point
             if self.watcher is not None:
-                self.watcher(self, x, codes.to(_CODES))
+                self.watcher(self, x, codes.to(self.zero.dtype))
         return values.reshape(x.shape) if self.quantizer.merged_heads else values
 
 
@@ -174,48 +184,61 @@ def _wide(scale: Tensor, x: Tensor) -> Tensor:
 
 
 class _Matrix(nn.Module):
-    """Values of a rounded weight, read from its codes; one scale and zero point along ``axis``.
+    """Values of a rounded weight, read from its codes; one scale along ``axis``.
 
-    Codes without zero point are signed bytes, if no machine can be wrong about them, else unsigned ones around 128.
-    Those with a zero point, which OpenVINO multiplies in floating point, are left in steps, so that it adds whole
-    numbers there, and their scale follows the product.
+    Codes are signed bytes without a zero point, and no larger than all machines multiply. With any others OpenVINO
+    multiplies in floating point, and on machines with VNNI rounds the activations once more to do so. Larger values,
+    those of 8 bits, are taken apart into sixteens and what is left: two products, whose sums are brought together.
     """
 
-    codes: Tensor
     scale: Tensor
-    zero_point: Tensor
-    steps: Tensor
 
     def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> None:
         super().__init__()
-        if zero_point is None and int(codes.abs().max()) > _LARGEST_SIGNED:
-            codes, zero_point = codes + 128, torch.full_like(scale, 128)
-        dtype = torch.int8 if zero_point is None else torch.uint8
-        zeros = torch.zeros_like(scale) if zero_point is None else zero_point
-        self.register_buffer('codes', codes.to(dtype).contiguous())
+        self.axis, self.dim = axis, codes.dim()
         self.register_buffer('scale', scale)
-        self.register_buffer('zero_point', zeros.to(dtype))
-        self.in_steps = zero_point is not None
-        self.register_buffer('steps', torch.ones_like(scale) if self.in_steps else scale)
-        self.axis = axis
+        if zero_point is not None:
+            codes = codes - zero_point.to(codes).reshape([-1 if each == axis else 1 for each in range(self.dim)])
+        if int(codes.abs().max()) <= _LARGEST_SIGNED:
+            self.parts = nn.ModuleList([_Part(codes, 1, scale, axis)])
+        else:
+            sixteens = codes.div(_SIXTEEN, rounding_mode='floor')
+            left, one = codes - _SIXTEEN * sixteens, torch.ones_like(scale)
+            self.parts = nn.ModuleList(
+                [_Part(sixteens, _SIXTEEN, _SIXTEEN * one, axis), _Part(left, 1, one, axis)],
+            )
 
     def multiply(self, operation: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
         """``operation(x, values)`` as an engine computes it: exactly on codes, the scale behind it."""
+        # To broadcast against a result: along its last axis, or before two axes of positions.
+        scale = self.scale if self.axis else self.scale[:, None, None]
+        parts = [part for part in self.parts if isinstance(part, _Part)]
         if torch.compiler.is_exporting():
-            y = operation(x, self._values())
-            return y * self._along() if self.in_steps else y
-        zeros = self.zero_point.double().reshape([-1 if axis == self.axis else 1 for axis in range(self.codes.dim())])
-        y = operation(x.double(), self.codes.double() - zeros).float()
-        return y * self._along()
+            sums = [operation(x, part.values()) for part in parts]
+            return sums[0] if len(sums) == 1 else (sums[0] + sums[1]) * scale
+        sums = [operation(x.double(), part.codes.double()) * part.unit for part in parts]
+        return torch.stack(sums).sum(0).float() * scale
 
-    def _along(self) -> Tensor:
-        """The scale, to broadcast against a result: along its last axis, or before two axes of positions."""
-        return self.scale if self.axis else self.scale[:, None, None]
 
-    def _values(self) -> Tensor:
+class _Part(nn.Module):
+    """Codes of a weight, each of so many units, as signed bytes; their values are ``steps`` times as large."""
+
+    codes: Tensor
+    steps: Tensor
+    zero: Tensor
+
+    def __init__(self, codes: Tensor, unit: int, steps: Tensor, axis: int) -> None:
+        super().__init__()
+        self.unit, self.axis = unit, axis
+        self.register_buffer('codes', codes.to(torch.int8).contiguous())
+        self.register_buffer('steps', steps)
+        self.register_buffer('zero', torch.zeros_like(steps, dtype=torch.int8))
+
+    def values(self) -> Tensor:
+        """In an export alone."""
         values: Tensor = torch.onnx.ops.symbolic(
             'DequantizeLinear',
-            (self.codes, self.steps, self.zero_point),
+            (self.codes, self.steps, self.zero),
             {'axis': self.axis},
             dtype=torch.float32,
             shape=self.codes.shape,
@@ -257,7 +280,7 @@ class _ExportedMap(LinearMap):
         if self.patches:
             rows = _as_patches(x, self.patches)
             return _multiply(rows, self.matrix, constant).permute(0, 3, 1, 2)
-        if self.matrix.codes.dim() == 4:
+        if self.matrix.dim == 4:
             return self.matrix.multiply(lambda x, kernel: operation(x, kernel, None), x) + constant[:, None, None]
         return _multiply(x, self.matrix, constant)
 
@@ -307,7 +330,12 @@ class _ExportedProduct(QuantizedProduct):
     def __init__(self, name: str, product: QuantizedProduct) -> None:
         super().__init__(product.index, product.sites, product.operands)
         check_scales_leave_sum(product, name)
-        self.left, self.right = (_Coded(quantizer, name) for quantizer in product.operands)
+        left, right = product.operands
+        # Any bytes may be multiplied by signed ones if these are small.
+        self.small = max(-right.spec.qmin, right.spec.qmax) <= _LARGEST_SIGNED
+        signed, unsigned = torch.int8, torch.uint8
+        self.left = _Coded(left, name, signed if self.small and left.spec.qmin < 0 else unsigned)
+        self.right = _Coded(right, name, signed if self.small else unsigned)
         self.register_buffer('lowest', torch.tensor(-(2.0**31)))
 
     @property
@@ -316,9 +344,12 @@ class _ExportedProduct(QuantizedProduct):
         return False
 
     def forward(self, left: Tensor, right: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        # No sum is below what an accumulator of 32 bits holds. Saying so keeps OpenVINO from multiplying an operand by
-        # the scale first, so that it adds whole numbers. (Said by a Clip, it would keep ONNX Runtime from integers.)
-        y = torch.maximum(multiply(self.left(left), self.right(right)), self.lowest)
+        y = multiply(self.left(left), self.right(right))
+        if not self.small:
+            # OpenVINO runs it in floating point. No sum is below what an accumulator of 32 bits holds; saying so keeps
+            # it from multiplying an operand by the scale first, so that it adds whole numbers. (Said by a Clip, it
+            # would keep ONNX Runtime from integers.)
+            y = torch.maximum(y, self.lowest)
         scale = _wide(self.left.scale_over(left.shape[0]) * self.right.scale_over(right.shape[0]), y)
         # Behind both constants, which OpenVINO would bring together otherwise, with another last bit.
         for units in (self.left.units(left), self.right.units(right)):

@@ -74,8 +74,8 @@ def open_onnxruntime(path: Path, threads: int = 1) -> Engine:
 def open_openvino(path: Path, threads: int = 1, precision: str = 'f32') -> Engine:
     """OpenVINO; a product is on integers where its runtime graph has bytes on both sides of it.
 
-    (The precision that it gives for a layer is that of its weights.) Products that it fuses into a kernel of its own,
-    as those of an attention on processors without VNNI, are not in that graph; they have the kernel's precision.
+    (The precision that it gives for a layer is that of its weights.) Products that it fuses into a kernel of its own
+    are not in that graph; they have the kernel's precision.
 
     Args:
         path: of the file.

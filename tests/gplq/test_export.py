@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -58,12 +62,15 @@ class Session:
 def test_every_product_runs_on_integers(
     quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path, bits: int, fused: bool
 ) -> None:
-    """Patch embedding, classifier, and two blocks of four layers and two products; five images, not the two traced."""
+    """Patch embedding, classifier, and two blocks of four layers and two products; five images, not the two traced.
+
+    A layer of 8 bits is two products.
+    """
     model = quantized(f'w{bits}a{bits}', fused=fused)
     path = tmp_path / 'model.onnx'
     gplq.export(model, path, images[:2])
     session = Session(path)
-    assert session.operations['MatMulIntegerToFloat'] == 2 + 2 * (4 + 2)
+    assert session.operations['MatMulIntegerToFloat'] == 2 * 2 + 2 * (4 * bits // 4 + 2)
     assert not {'MatMul', 'Gemm', 'Conv', 'DequantizeLinear'} & set(session.operations)
     with torch.no_grad():
         # Of the first image one 8-bit code lies at a tie, which sums of codes and sums of values round differently.
@@ -172,15 +179,14 @@ def separate_maps(bits: str, **settings: Any) -> tuple[nn.Module, Tensor]:
     return quantized_on(model, x, gplq.Recipe.gplq(int(bits[1]), int(bits[3]), **settings)), x
 
 
-@pytest.mark.parametrize('engine', ['onnxruntime', 'openvino'])
+@pytest.mark.parametrize('instructions', ['', 'AVX2', 'DEFAULT'], ids=['onnxruntime', 'openvino-avx2', 'openvino'])
 @pytest.mark.parametrize('bits', ['w8a8', 'w4a8', 'w4a7'])
-def test_sums_of_eight_bit_codes_are_not_cut_off(engine: str, bits: str, tmp_path: Path) -> None:
+def test_sums_of_eight_bit_codes_are_not_cut_off(instructions: str, bits: str, tmp_path: Path) -> None:
     """Flat attention maps times values of one sign are the largest sums; OpenVINO would add them in 16 bits."""
-    pytest.importorskip(engine)
     model, x = separate_maps(bits)
     path = tmp_path / 'model.onnx'
     gplq.export(model, path, x[:2])
-    found = torch.from_numpy(ENGINES[engine](path).run(x.numpy())[0])
+    found = in_openvino(path, x, instructions)[0] if instructions else Session(path)(x)
     with torch.no_grad():
         assert (found - exported_twin(model)(x)).abs().max() < 0.01
         assert (found - model(x)).abs().max() < 0.05
@@ -268,58 +274,104 @@ def test_other_layers(model: type[nn.Module], images: Tensor, tmp_path: Path) ->
     gplq.export(network, path, images[:2])
     session = Session(path)
     # Windows that overlap stay convolutions, which ONNX Runtime runs in floating point on the values of the codes.
-    assert session.operations['MatMulIntegerToFloat'] == (2 if model is Convolutions else 7)
+    assert session.operations['MatMulIntegerToFloat'] == (1 + 2 if model is Convolutions else 6 + 2)
     assert not {'MatMul', 'Gemm'} & set(session.operations)
     with torch.no_grad():
         assert torch.allclose(session(images), network(images), atol=1e-4)
 
 
-def test_openvino_gives_the_same(quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path) -> None:
-    """Every head with its own scale, for any batch; the layers of 4 bits on bytes.
+def in_openvino(path: Path, x: Tensor, instructions: str) -> tuple[Tensor, int, int]:
+    """The first output of OpenVINO, its products on integers and those in floating point.
 
-    Without VNNI OpenVINO has no kernel for a product of two bytes that are both computed, as in an attention. It makes
-    values of the first and the last layer's codes, which have 8 bits, before it multiplies them.
+    A process of its own is kept from VNNI, if need be.
     """
-    openvino = pytest.importorskip('openvino')
-    model = quantized('w4a4', heads=4)
+    pytest.importorskip('openvino')
+    given, found = path.with_name('given.npy'), path.with_name('found.npy')
+    np.save(given, x.numpy())
+    program = (
+        'import sys, numpy; from pathlib import Path; from gplq.plugins.engines import open_openvino\n'
+        'engine = open_openvino(Path(sys.argv[1])); numpy.save(sys.argv[3], engine.run(numpy.load(sys.argv[2]))[0])\n'
+        'print(engine.integer, engine.floating)'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', program, path, given, found],
+        env={**os.environ, 'ONEDNN_MAX_CPU_ISA': instructions},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    integer, floating = map(int, done.stdout.split()[-2:])
+    return torch.from_numpy(np.load(found)), integer, floating
+
+
+@pytest.mark.parametrize('instructions', ['AVX2', 'DEFAULT'])
+@pytest.mark.parametrize(
+    ('recipe', 'integer', 'floating'),
+    [
+        (gplq.Recipe.gplq(4, 4), 2 * 2 + 2 * (4 + 2), 0),
+        (gplq.Recipe.gplq(4, 4, weight_scheme='percentile_asymmetric'), 2 * 2 + 2 * (4 + 2), 0),
+        # Right operands of 8 bits cannot be signed bytes where there is no VNNI.
+        (gplq.Recipe.gplq(8, 8), 2 * 2 + 2 * 4 * 2, 2 * 2),
+    ],
+    ids=['w4a4', 'zero points', 'w8a8'],
+)
+def test_openvino_gives_the_same(
+    quantized: Callable[..., nn.Module],
+    images: Tensor,
+    tmp_path: Path,
+    recipe: gplq.Recipe,
+    integer: int,
+    floating: int,
+    instructions: str,
+) -> None:
+    """Every head with its own scale, for any batch; with its own settings, as by a user."""
+    model = quantized(recipe, heads=4)
     path = tmp_path / 'model.onnx'
     gplq.export(model, path, images[:2])
-    settings = {'INFERENCE_NUM_THREADS': 1, 'INFERENCE_PRECISION_HINT': 'f32'}
-    compiled = openvino.Core().compile_model(str(path), 'CPU', settings)
-    found = torch.from_numpy(next(iter(compiled({'input': images.numpy()}).values())))
+    found, *products = in_openvino(path, images, instructions)
     with torch.no_grad():
         assert alike(found, model(images))
-    layers = [
-        {side.get_element_type().get_type_name() for side in operation.inputs()[:2]}
-        for operation in compiled.get_runtime_model().get_ordered_ops()
-        if operation.get_rt_info()['layerType'].value == 'FullyConnected'
-    ]
-    assert sum(sides <= {'u8', 'i8'} for sides in layers) >= 2 * 4
+    assert products == [integer, floating]
 
 
+@pytest.mark.parametrize('scheme', ['mse', 'percentile_asymmetric'])
 def test_signed_codes_never_overflow_sixteen_bits(
-    quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path
+    quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path, scheme: str
 ) -> None:
     """Two products of a byte up to 255 by a signed code are added in 16 bits where there is no VNNI."""
-    gplq.export(quantized('w4a4'), tmp_path / 'model.onnx', images[:2])
+    gplq.export(quantized(gplq.Recipe.gplq(4, 4, weight_scheme=scheme)), tmp_path / 'model.onnx', images[:2])
     graph = onnx.load(tmp_path / 'model.onnx').graph
-    codes = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    weights = [
-        codes[node.input[0]] for node in graph.node if node.op_type == 'DequantizeLinear' if node.input[0] in codes
-    ]
-    assert sorted(str(w.dtype) for w in weights) == ['uint8', 'uint8'], 'patch embedding and classifier have 8 bits'
-    packed = [array for name, array in codes.items() if name.endswith('.packed')]
-    assert len(packed) == 8 and all(2 * 255 * abs(array.astype(int)).max() <= 32767 for array in packed)
+    maker = {output: node for node in graph.node for output in node.output}
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+    def codes(name: str) -> Any:
+        """Of a constant, as the engine unpacks it."""
+        if name in constants:
+            return constants[name].astype(int)
+        assert maker[name].op_type in ('Cast', 'Add')
+        return sum(codes(part) for part in maker[name].input)
+
+    sites = [node for node in graph.node if node.op_type == 'DequantizeLinear' and node.attribute]
+    assert len(sites) == 2 * 4 + 2 * 2, 'patch embedding and classifier have 8 bits'
+    for site in sites:
+        assert 2 * 255 * abs(codes(site.input[0])).max() <= 32767
+        assert not codes(site.input[2]).any()
 
 
-def test_weights_take_half_a_byte(quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path) -> None:
-    """All of both blocks; the first and the last layer have 8 bits."""
-    model = quantized('w4a4')
+@pytest.mark.parametrize('scheme', ['mse', 'percentile_asymmetric'])
+def test_weights_take_half_a_byte(
+    quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path, scheme: str
+) -> None:
+    """All of both blocks; the first and the last layer have 8 bits, two halves."""
+    model = quantized(gplq.Recipe.gplq(4, 4, weight_scheme=scheme))
     gplq.export(model, tmp_path / 'model.onnx', images[:2])
-    stored = onnx.load(tmp_path / 'model.onnx').graph.initializer
-    packed = [t for t in stored if t.data_type == onnx.TensorProto.INT4]
-    expected = [p.numel() for n, p in model.named_parameters() if n.startswith('blocks') and p.dim() == 2]
-    assert sorted(len(t.raw_data) for t in packed) == sorted(count // 2 for count in expected)
+    packed = [t for t in onnx.load(tmp_path / 'model.onnx').graph.initializer if t.name.endswith('.packed')]
+    assert {t.data_type for t in packed} <= {onnx.TensorProto.INT4, onnx.TensorProto.UINT4}
+    layers = {n: p.numel() // 2 for n, p in model.named_parameters() if n.endswith('weight') and p.dim() > 1}
+    # With a zero point there are up to 32 sixteens.
+    halves = 2 if scheme == 'mse' else 1
+    expected = [count for name, count in layers.items() for _ in range(1 if name.startswith('blocks') else halves)]
+    assert sorted(len(t.raw_data) for t in packed) == sorted(expected)
 
 
 def test_the_model_stays(quantized: Callable[..., nn.Module], images: Tensor, tmp_path: Path) -> None:
@@ -359,7 +411,7 @@ def test_a_batch_of_one_size_runs_on_integers_too(
     model = quantized('w4a4')
     gplq.export(model, tmp_path / 'model.onnx', images[:count], fixed_batch=True)
     session = Session(tmp_path / 'model.onnx')
-    assert session.operations['MatMulIntegerToFloat'] == 2 + 2 * (4 + 2)
+    assert session.operations['MatMulIntegerToFloat'] == 2 * 2 + 2 * (4 + 2)
     assert not {'MatMul', 'Gemm', 'Conv', 'DequantizeLinear'} & set(session.operations)
     with torch.no_grad():
         assert torch.allclose(session(images[:count]), exported_twin(model)(images[:count]), atol=1e-5)
@@ -372,7 +424,7 @@ def test_files_compute_in_single_precision(
     model = quantized_on(toy_vit().to(dtype), images.to(dtype))
     gplq.export(model, tmp_path / 'model.onnx', images[:2].to(dtype))
     session = Session(tmp_path / 'model.onnx')
-    assert session.operations['MatMulIntegerToFloat'] == 2 + 2 * (4 + 2)
+    assert session.operations['MatMulIntegerToFloat'] == 2 * 2 + 2 * (4 + 2)
     with torch.no_grad():
         expected = model(images.to(dtype)).float()
     assert next(model.parameters()).dtype == dtype
