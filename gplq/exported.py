@@ -162,6 +162,8 @@ class _Coded(nn.Module):
             steps = torch.maximum(steps, self.lowest).round()
         elif self.shifted:
             steps = steps - self.lowest
+        # Before they are bytes: behind DequantizeLinear ONNX Runtime makes nodes that it cannot load of a Reshape.
+        steps = steps.reshape(x.shape) if self.quantizer.merged_heads else steps
         if torch.compiler.is_exporting():
             onnx = torch.onnx.ops.symbolic
             codes = onnx('QuantizeLinear', (steps, self.one, self.zero), dtype=self.zero.dtype, shape=steps.shape)
@@ -171,7 +173,7 @@ class _Coded(nn.Module):
             values = codes - self.zero_point
             if self.watcher is not None:
                 self.watcher(self, x, codes.to(self.zero.dtype))
-        return values.reshape(x.shape) if self.quantizer.merged_heads else values
+        return values
 
 
 def _wide(scale: Tensor, x: Tensor) -> Tensor:

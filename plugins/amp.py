@@ -17,7 +17,7 @@ CPUINFO = Path('/proc/cpuinfo')
 # What it calls instructions for bfloat16: Intel's and AMD's, then ARM's.
 INSTRUCTIONS = {'amx_bf16', 'avx512_bf16', 'bf16'}
 # What limits oneDNN, whose products these are, and the limits below those instructions.
-LIMIT = 'ONEDNN_MAX_CPU_ISA'
+LIMITS = ('ONEDNN_MAX_CPU_ISA', 'DNNL_MAX_CPU_ISA')
 WITHOUT = {'SSE41', 'AVX', 'AVX2', 'AVX2_VNNI', 'AVX2_VNNI_2', 'AVX512_CORE', 'AVX512_CORE_VNNI'}
 
 
@@ -31,7 +31,7 @@ def computes_bfloat16(device: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device != 'cpu':
         return True
-    if os.environ.get(LIMIT, '').upper() in WITHOUT:
+    if any(os.environ.get(limit, '').upper() in WITHOUT for limit in LIMITS):
         return False
     return CPUINFO.is_file() and not INSTRUCTIONS.isdisjoint(CPUINFO.read_text().split())
 
@@ -63,5 +63,5 @@ class BFloat16OptimWrapper(OptimWrapper):
         if device not in self._computed:
             self._computed[device] = self.emulate or computes_bfloat16(device)
             if not self._computed[device]:
-                print_log(f'this {device} has no instructions for bfloat16: training in float32', logger='current')
+                print_log(f'this {device} does not multiply bfloat16 itself: training in float32', logger='current')
         return self._computed[device]

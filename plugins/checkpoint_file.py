@@ -73,9 +73,9 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 
 
 def write_checkpoint(path: str, content: dict[str, Any]) -> None:
-    """Write a checkpoint in one step; the same content is the same bytes, by whose hash results know a checkpoint.
+    """Write a checkpoint in one step; a program that is run again writes the same bytes.
 
-    ``torch.save`` would put the name of the file that it writes to into it.
+    Results know a checkpoint by their hash. ``torch.save`` would put the name of the file that it writes to into them.
 
     Raises:
         WriteError: if it cannot be written; what was there before stays.

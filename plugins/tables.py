@@ -165,6 +165,7 @@ def render_table(rows: Iterable[ResultRow], metrics: Sequence[str], also: Sequen
     wanted = {*metrics, *(bound for pair in bounds.values() for bound in pair)}
     groups: dict[_Key, dict[str, dict[int, ResultRow]]] = {}
     first: dict[str, ResultRow] = {}
+    rows = list(rows)
     for row in rows:
         if row.metric not in wanted:
             continue
@@ -180,7 +181,8 @@ def render_table(rows: Iterable[ResultRow], metrics: Sequence[str], also: Sequen
         # They were of the figure that this one replaces.
         for bound in bounds.get(row.metric, ()):
             group.get(bound, {}).pop(row.seed, None)
-    _check_settings(row for group in groups.values() for runs in group.values() for row in runs.values())
+    shown = {id(row) for group in groups.values() for metric in metrics for row in group.get(metric, {}).values()}
+    _check_settings(row for row in rows if id(row) in shown)
     models = len({key[0] for key in groups}) > 1
     variants = any(key[4] for key in groups)
     head = (['model'] if models else []) + ['method'] + (['variant'] if variants else []) + ['bits']
@@ -213,12 +215,17 @@ def _check_settings(shown: Iterable[ResultRow]) -> None:
 
     Rows from before there was a hash of the settings stand beside any.
 
+    Args:
+        shown: rows of figures, in the order of their file.
+
     Raises:
         ResultError: rows of one model and config have two hashes.
     """
     first: dict[tuple[str, str], ResultRow] = {}
     for row in shown:
-        config = next((part for part in row.command.split()[2:] if part.endswith('.py')), '')
+        # Behind the program.
+        files = [Path(part).as_posix() for part in shlex.split(row.command) if part.endswith('.py')]
+        config = ' '.join(files[1:2])
         start = first.setdefault((row.model, config), row) if row.settings_sha256 else row
         if start.settings_sha256 != row.settings_sha256:
             raise ResultError(

@@ -146,9 +146,22 @@ def test_what_a_config_said_before_and_after_a_change_does_not_stand_side_by_sid
         ResultError, match=r"configs/a.py or its data .* by gplq '' and by rtn '' .*aaaaaaaa and bbbbbbb"
     ):
         render_table(rows, ['bbox_mAP'])
+    # The older one is to be measured again, whatever comes first in the table.
+    with pytest.raises(
+        ResultError, match=r"by rtn '' and by gplq '' .*aaaaaaaa and bbbbbbb.* measure the former again"
+    ):
+        render_table([*rows[:2], row('gplq', 0.6, after)], ['bbox_mAP'])
     # What was measured again is not shown, rows without a hash may be, and another config is another matter.
     again = [row('gplq', 0.6, after), row('rtn', 0.3, after), row('qwt', 0.2, None), row('lsq', 0.1, before, 'b.py')]
     assert '0.600' in render_table([*rows, *again], ['bbox_mAP'])
+    # Nor are bounds compared, whose program reads no config.
+    ends = {'_low': -0.1, '_high': 0.1}
+    bounds = [
+        make_row(method, 4, 4, value, metric=f'bbox_mAP{end}', settings_sha256=settings, command='python bootstrap.py')
+        for method, settings in (('gplq', after), ('lsq', before))
+        for end, value in ends.items()
+    ]
+    assert '-0.100 to +0.100' in render_table([*rows, *again, *bounds], ['bbox_mAP'], ['interval'])
 
 
 @pytest.fixture
