@@ -125,11 +125,13 @@ def _pack_weights(graph: onnx.ModelProto) -> None:
     }
     for tensor in [t for t in graph.graph.initializer if t.name in axes]:
         codes = numpy_helper.to_array(tensor)
-        signed = codes.size > 0 and codes.min() >= -8 and codes.max() <= 7
+        if not codes.size:
+            continue
+        signed = codes.min() >= -8 and codes.max() <= 7
         others = tuple(axis for axis in range(codes.ndim) if axis != axes[tensor.name])
-        lowest = codes.min(axis=others, keepdims=True).astype(np.int32) if codes.size else codes
+        lowest = codes.min(axis=others, keepdims=True).astype(np.int32)
         counted = codes if signed else codes - lowest
-        if not codes.size or counted.max() > 15:
+        if counted.max() > 15:
             continue
         nibbles = np.append(counted.reshape(-1), np.zeros(codes.size % 2)).astype(np.int8).view(np.uint8) & 15
         packed = (nibbles[0::2] | nibbles[1::2] << 4).astype(np.uint8)

@@ -136,9 +136,8 @@ class _Coded(nn.Module):
     def rounds_like(self, other: _Coded) -> bool:
         """Whether both give the same codes of any input."""
         constants = ('scale', 'highest', 'lowest')
-        alike = all(torch.equal(getattr(self, name), getattr(other, name)) for name in constants)
-        alike = alike and self.signed == other.signed
-        return alike and type(self.quantizer) is type(other.quantizer)
+        alike = self.signed == other.signed and type(self.quantizer) is type(other.quantizer)
+        return alike and all(torch.equal(getattr(self, name), getattr(other, name)) for name in constants)
 
     def scale_over(self, batch: int) -> Tensor:
         """The constant that codes are multiplied by, beside their rows' units, for a leading axis of ``batch``."""
@@ -216,10 +215,11 @@ class _Matrix(nn.Module):
         scale = self.scale if self.axis else self.scale[:, None, None]
         parts = [part for part in self.parts if isinstance(part, _Part)]
         if torch.compiler.is_exporting():
-            sums = [operation(x, part.values()) for part in parts]
-            return sums[0] if len(sums) == 1 else (sums[0] + sums[1]) * scale
-        sums = [operation(x.double(), part.codes.double()) * part.unit for part in parts]
-        return torch.stack(sums).sum(0).float() * scale
+            first, *rest = (operation(x, part.values()) for part in parts)
+            return (first + rest[0]) * scale if rest else first
+        x = x.double()
+        first, *rest = (operation(x, part.codes.double()) * part.unit for part in parts)
+        return sum(rest, first).float() * scale
 
 
 class _Part(nn.Module):

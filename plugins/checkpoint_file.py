@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import re
 import textwrap
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from gplq.errors import CheckpointError
-from gplq.files import write_bytes_atomically
+from gplq.files import write_atomically
 from gplq.plugins.safe_load import allow_mmengine_objects
 
 __all__ = [
@@ -72,17 +71,20 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return checkpoint
 
 
-def write_checkpoint(path: str, content: dict[str, Any]) -> None:
+def write_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Write a checkpoint in one step; a program that is run again writes the same bytes.
 
-    Results know a checkpoint by their hash. ``torch.save`` would put the name of the file that it writes to into them.
+    Results know a checkpoint by their hash. ``torch.save`` puts the name of a file into them, but not into an open one.
 
     Raises:
         WriteError: if it cannot be written; what was there before stays.
     """
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_bytes_atomically(path, buffer.getvalue())
+
+    def write(temporary: str) -> None:
+        with open(temporary, 'wb') as file:
+            torch.save(content, file)
+
+    write_atomically(path, write)
 
 
 def _damage(path: str) -> str | None:

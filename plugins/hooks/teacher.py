@@ -13,11 +13,10 @@ from torch import nn
 
 from gplq.batches import bounded
 from gplq.errors import CheckpointError
-from gplq.files import write_atomically
 from gplq.independent_copy import independent_copy
 from gplq.mimicking import FeatureTap, Mimicking, MimickingLoss, fit_mimicking_loss
 from gplq.pca import PCABasis
-from gplq.plugins.checkpoint_file import read_checkpoint
+from gplq.plugins.checkpoint_file import read_checkpoint, write_checkpoint
 from gplq.plugins.hooks.model import model_of, part_of, preprocess
 from gplq.plugins.hooks.settings import HookSettings
 from gplq.plugins.results import file_sha256
@@ -50,8 +49,7 @@ def make_mimicking(runner: Runner, settings: HookSettings, loader: Iterable[Any]
         )
     if is_main_process():
         bases = [vars(basis) for basis in loss.bases]
-        kept = {'state_dict': teacher.state_dict(), 'bases': bases}
-        write_atomically(Path(runner.work_dir) / FILE, lambda temporary: torch.save(kept, temporary))
+        write_checkpoint(Path(runner.work_dir) / FILE, {'state_dict': teacher.state_dict(), 'bases': bases})
     barrier()
     return Mimicking(part, teacher, loss, stage.mimicking_weight)
 
