@@ -164,12 +164,13 @@ def render_table(rows: Iterable[ResultRow], metrics: Sequence[str], also: Sequen
     bounds = {metric: [metric + end for end in BOUNDS] for metric in metrics if INTERVAL in also}
     wanted = {*metrics, *(bound for pair in bounds.values() for bound in pair)}
     groups: dict[_Key, dict[str, dict[int, ResultRow]]] = {}
-    first: dict[str, ResultRow] = {}
+    first: dict[tuple[str, int], ResultRow] = {}
     rows = list(rows)
     for row in rows:
         if row.metric not in wanted:
             continue
-        start = first.setdefault(row.model, row)
+        # What is exported was quantized with a seed, so that every seed has a checkpoint of its own.
+        start = first.setdefault((row.model, row.seed if row.benchmark == 'export' else 0), row)
         if _identity(start) != _identity(row):
             raise ResultError(
                 f'{row.benchmark}: the rows of {row.model} are of two checkpoints, splits or scopes, in '
@@ -245,13 +246,13 @@ def _order(key: _Key) -> tuple[str | int, ...]:
 def _digits(metric: str) -> str:
     """Fractions have three decimals, seconds and ratios two, percentages one, megabytes none.
 
-    Equal codes have two: with one, 99.96 % would read as all of them.
+    Shares of what is equal have two: with one, 99.96 % would read as all of them.
     """
     if 'mAP' in metric:
         return '{:.3f}'
     if metric == 'allocated_mb':
         return '{:.0f}'
-    two = metric == 'equal_codes' or metric.startswith('step_') or metric.endswith('_ratio')
+    two = metric.startswith('equal_') or metric.startswith('step_') or metric.endswith('_ratio')
     return '{:.2f}' if two else '{:.1f}'
 
 

@@ -135,6 +135,17 @@ def test_figures_of_two_checkpoints_do_not_stand_side_by_side(method: str, seed:
         render_table(rows, ['bbox_mAP'])
 
 
+def test_exports_of_several_seeds_are_of_as_many_checkpoints() -> None:
+    rows = [
+        make_row('gplq', 4, 4, 0.5 + 0.2 * seed, seed=seed, checkpoint_sha256=str(seed) * 64, benchmark='export')
+        for seed in (0, 1)
+    ]
+    assert '| 0.600 ± 0.141 | 2 |' in render_table(rows, ['bbox_mAP'])
+    again = make_row('gplq', 4, 4, 0.4, seed=1, checkpoint_sha256='2' * 64, benchmark='export')
+    with pytest.raises(ResultError, match='two checkpoints'):
+        render_table([*rows, again], ['bbox_mAP'])
+
+
 def test_what_a_config_said_before_and_after_a_change_does_not_stand_side_by_side() -> None:
     def row(method: str, value: float, settings: str | None, config: str = 'configs/a.py', **changes) -> ResultRow:
         command = f'python tools/train.py {config} --cfg-options a=1'

@@ -124,14 +124,18 @@ def test_export_compares_top_1(make_config: Callable[..., Config], tmp_path: Pat
         [*command[:-2], '--part', 'backbone'], capture_output=True, text=True, cwd=tmp_path, timeout=300
     )
     assert part.returncode == 0 and 'top-1' not in part.stdout, 'features are no classes'
-    found = re.findall(r'top-1 ([\d.]+) %, in PyTorch ([\d.]+) %, on 6 images', done.stdout)
-    assert len(found) == 2 and all(engine == torch_ for engine, torch_ in found)
+    figure = r'([\d.]+) %'
+    found = re.findall(f'top-1 {figure}, in PyTorch {figure} and on codes there {figure}, on 6 images', done.stdout)
+    assert len(found) == 2 and all(engine == values == codes for engine, values, codes in found)
     rows = read_rows(tmp_path / 'rows.jsonl')
     for engine in {row.variant for row in rows}:
         mine = {(row.method, row.metric): row for row in rows if row.variant == engine}
         assert mine['fp32', 'latency_ms'].value > 0
-        if ', ' not in engine:
+        if 'bfloat16' not in engine:
             assert mine['fp32', 'latency_ratio'].value == 1
+            equal, images = mine['gplq', 'equal_codes'].value, mine['gplq', 'equal_images'].value
+            assert images == pytest.approx(100 * round(6 * images / 100) / 6)
+            assert (equal == 100) == (images == 100)
             assert mine['gplq', 'integer_products'].weight_bits == 4
             assert {metric for method, metric in mine if method == 'gplq'} >= {'latency_ms', 'equal_codes', 'top1'}
 
