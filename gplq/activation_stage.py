@@ -216,7 +216,7 @@ def train_activations(
         StageError: if the teacher is quantized, or is the model itself.
         RecipeError: if there is neither a task loss nor a teacher, or nothing to do.
     """
-    record_of(model, Stage.CALIBRATED)
+    record = record_of(model, Stage.CALIBRATED)
     stage = stage or ActivationStage()
     if loss is None and (teacher is None or stage.mimicking_weight == 0):
         raise RecipeError('without labels (loss=None) a teacher is needed: pass a copy of the FP32 model')
@@ -270,6 +270,7 @@ def train_activations(
             if stage.annealing > 0 and share >= 1 - stage.annealing:
                 annealing.before_step()
             optimizer.step()
+            record.trained = True
             annealing.after_step()
 
 

@@ -90,6 +90,7 @@ def calibrate(
     forget_proposals(model)
     start_weight_training(model)
     record.stage = Stage.CALIBRATED
+    record.trained = False
 
 
 def _run(model: nn.Module, batch: Any, forward: Forward) -> None:

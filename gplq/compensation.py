@@ -48,7 +48,7 @@ def compensate(
     progress: Progress,
     journal: Journal | None = None,
 ) -> None:
-    """Fit the recipe's compensation to the outputs of ``reference``, the model before rounding.
+    """Fit the recipe's compensation to the outputs of ``reference``: the model before rounding as it is meant to be.
 
     Groups run in the order of the forward pass, later ones see the inputs that earlier ones left. A fit is kept
     only where it explains held-out samples.

@@ -11,20 +11,23 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
 
-from gplq.batches import Forward, bounded
+from gplq.batches import Forward
+from gplq.block_samples import BlockSample, BlockSamples, collect_blocks, copied
+from gplq.distributed import failing_together, minimum, world_size
+from gplq.distributed import total as total_of
 from gplq.errors import RecipeError, StageError
 from gplq.independent_copy import independent_copy
+from gplq.journal import Journal
 from gplq.layers import WeightView
-from gplq.objectives import perturbed_kl
 from gplq.plan import MapPlan
 from gplq.progress import Progress
 from gplq.quantizer import Quantizer
 from gplq.recipe import Recipe
 from gplq.record import floating_point, record_of, weight_views
+from gplq.rounding import note, recalled
+from gplq.sample_store import SampleStore
 from gplq.soft_rounding import SoftRounding
 from gplq.spec import FLOAT_BITS
 from gplq.trace import evaluating
@@ -47,9 +50,9 @@ class Reconstruction:
         lr: of the rounding variables.
         decision: weight of the term that makes them decide.
         drop: share of quantized inputs that are left in floating point while it learns (QDrop, Wei et al. 2022).
-        floating_point: aim at the model without any quantizer; False aims at it with its activations quantized, as the
-            activation stage has trained it.
         seed: of batches and of what is dropped.
+        memory_mb: of a block's inputs and outputs in memory; more lie in temporary files. What one iteration takes,
+            and the forward and backward pass of a batch, comes on top.
     """
 
     iterations: int = 500
@@ -57,8 +60,8 @@ class Reconstruction:
     lr: float = 1e-2
     decision: float = 0.01
     drop: float = 0.5
-    floating_point: bool = True
     seed: int = 0
+    memory_mb: float = 2048.0
 
     def __post_init__(self) -> None:
         check_types(vars(self), get_type_hints(Reconstruction))
@@ -67,27 +70,8 @@ class Reconstruction:
                 raise RecipeError(f'{name}={getattr(self, name)} must be at least 1')
         if not 0 <= self.drop < 1:
             raise RecipeError(f'drop={self.drop} must be in [0, 1)')
-
-
-@dataclass
-class _Sample:
-    """One batch of a block: its arguments in the model as quantized so far, and what should come out."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    target: Tensor
-    importance: Tensor | None = None
-
-    def part(self, first: int, count: int) -> _Sample:
-        """Some of its entries; tensors of another length than the block's output are taken to be common to all."""
-        length = len(self.target)
-
-        def cut(value: Any) -> Any:
-            has_entries = isinstance(value, Tensor) and value.dim() > 0 and len(value) == length
-            return value.narrow(0, first, count) if has_entries else value
-
-        args, kwargs = tree_map(cut, (self.args, self.kwargs))
-        return _Sample(args, kwargs, self.target.narrow(0, first, count), self.importance)
+        if not self.memory_mb >= 0:
+            raise RecipeError(f'memory_mb={self.memory_mb} must not be negative')
 
 
 def reconstruct_blocks(
@@ -96,11 +80,14 @@ def reconstruct_blocks(
     settings: Reconstruction,
     forward: Forward,
     progress: Progress,
+    journal: Journal | None = None,
 ) -> frozenset[str]:
     """Round the weights of every block of the plan by learning which way each goes.
 
     The error of a block's output is squared and weighed by the slope of a divergence beside its minimum, where the
-    model gives logits (APHQ-ViT sec. 3.3); all outputs count alike where it gives anything else.
+    model gives logits (APHQ-ViT sec. 3.3); all outputs count alike where it gives anything else. The aim is the model
+    without any quantizer, or with its activations quantized where they were trained to be. Several ranks learn the
+    same from all their samples.
 
     Args:
         model: calibrated; blocks are rounded in the order of the forward pass, later ones see what earlier ones leave.
@@ -108,6 +95,7 @@ def reconstruct_blocks(
         settings: see there.
         forward: runs one batch.
         progress: wraps an iterable to show how far it is.
+        journal: knows blocks that were finished before.
 
     Returns:
         Names of the weights that were rounded; the others are still to be.
@@ -125,9 +113,21 @@ def reconstruct_blocks(
     done: set[str] = set()
     samples = record.plan.recipe.calibration_samples
     for name in progress(list(by_block), 'reconstruct blocks'):
+        views = [view for _, view in by_block[name]]
+        if journal is not None and all(journal.recall(f'reconstruct {view.name}') is not None for view in views):
+            for view in views:
+                recalled(journal, 'reconstruct', view)
+            done |= {view.name for view in views}
+            continue
         try:
-            found = _collect(model, reference, name, batches, samples, settings, forward)
-            before, after = _fit(model.get_submodule(name), by_block[name], found, settings, record.plan.recipe)
+            with SampleStore(settings.memory_mb) as store:
+                aim = nullcontext() if record.trained else floating_point(reference)
+                with aim, failing_together():
+                    found = collect_blocks(model, reference, name, batches, samples, forward, store, settings.seed)
+                if not _everywhere(len(found), next(model.parameters()).device):
+                    _log.warning('%s: no batch reached it, nothing is learned about it', name)
+                    continue
+                before, after = _fit(model.get_submodule(name), by_block[name], found, settings, record.plan.recipe)
         except RuntimeError as error:
             if 'inplace operation' not in str(error):
                 raise
@@ -136,91 +136,16 @@ def reconstruct_blocks(
                 "nothing can be learned through it: set rounding='descent'"
             ) from error
         _log.info('%s: error of the output %.3g as rounded to nearest, %.3g as learned', name, before, after)
-        done |= {view.name for _, view in by_block[name]}
+        for view in views:
+            note(journal, 'reconstruct', view)
+        done |= {view.name for view in views}
     return frozenset(done)
-
-
-def _collect(
-    model: nn.Module,
-    reference: nn.Module,
-    name: str,
-    batches: Iterable[Any],
-    samples: int,
-    settings: Reconstruction,
-    forward: Forward,
-) -> list[_Sample]:
-    found = []
-    generator = torch.Generator().manual_seed(settings.seed)
-    for batch in bounded(batches, samples):
-        # The same random numbers for both, should a forward pass draw any.
-        with evaluating(reference), floating_point(reference) if settings.floating_point else nullcontext():
-            target, importance = _target(reference, name, batch, forward, generator)
-        with evaluating(model):
-            args, kwargs, _, _ = _seen(model, name, lambda batch=batch: forward(model, batch))  # type: ignore[misc]
-        found.append(_Sample(args, kwargs, target, importance))
-    return found
-
-
-def _target(
-    reference: nn.Module, name: str, batch: Any, forward: Forward, generator: torch.Generator
-) -> tuple[Tensor, Tensor | None]:
-    """A block's output, and the mean size of the slope there over the batch."""
-    outputs: list[Any] = []
-    with torch.enable_grad():
-        _, _, y, edge = _seen(reference, name, lambda: outputs.append(forward(reference, batch)))
-        logits = outputs[0]
-        # A single logit has no divergence.
-        several = isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] > 1
-        if not several or edge is None or not logits.requires_grad:
-            return y, None
-        (slope,) = torch.autograd.grad(perturbed_kl(logits, generator), [edge])
-    importance = slope.abs().mean(dim=0, keepdim=True)
-    largest = importance.max()
-    if not (bool(torch.isfinite(largest)) and float(largest) > 0):
-        return y, None
-    return y, importance / importance.mean()
-
-
-def _seen(
-    model: nn.Module, name: str, run: Callable[[], Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], Tensor, GradientEdge | None]:
-    """Arguments and output of a block's first call, and where the output's gradient passes.
-
-    Copies: blocks may add to their input, or the next one to this one's output, in place.
-    """
-    arguments: list[tuple[Any, Any]] = []
-    outputs: list[tuple[Tensor, GradientEdge | None]] = []
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not arguments:
-            arguments.append((_copied(args), _copied(kwargs)))
-
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not outputs:
-            edge = get_gradient_edge(output) if output.requires_grad else None
-            outputs.append((output.detach().clone(), edge))
-
-    block = model.get_submodule(name)
-    handles = [
-        block.register_forward_pre_hook(before, with_kwargs=True),
-        block.register_forward_hook(after, with_kwargs=True),
-    ]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return *arguments[0], *outputs[0]
-
-
-def _copied(value: Any) -> Any:
-    return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, value)
 
 
 def _fit(
     block: nn.Module,
     maps: list[tuple[MapPlan, WeightView]],
-    samples: list[_Sample],
+    samples: BlockSamples,
     settings: Reconstruction,
     recipe: Recipe,
 ) -> tuple[float, float]:
@@ -238,26 +163,26 @@ def _fit(
     roundings = [rounding for group in soft.values() for rounding in group]
     start = [rounding.logit.detach().clone() for rounding in roundings]
 
-    def run(sample: _Sample, hard: bool = False) -> Tensor:
+    def run(sample: BlockSample, hard: bool = False) -> Tensor:
         weights = {}
         for key, group in soft.items():
             parts = [r.values(r.decided()) if hard else r() for r in group]
             like = block.get_parameter(key)
             weights[key] = torch.cat(parts).reshape(like.shape).to(like.dtype)
-        y: Tensor = functional_call(block, weights, _copied(sample.args), _copied(sample.kwargs))
+        y: Tensor = functional_call(block, weights, copied(sample.args), copied(sample.kwargs))
         return y
 
-    def error(sample: _Sample, hard: bool = False) -> Tensor:
+    def error(sample: BlockSample, hard: bool = False) -> Tensor:
         squares = (run(sample, hard) - sample.target).float().square()
         return (squares if sample.importance is None else squares * sample.importance).mean()
 
     with evaluating(block):
         torch.manual_seed(settings.seed)
-        before = sum(float(error(s, hard=True)) for s in samples) / len(samples)
-        longest = max(samples, key=lambda s: len(s.target))
+        before = _mean([float(error(s, hard=True)) for s in samples], start[0].device)
+        longest = samples[samples.lengths.index(max(samples.lengths))]
         divides = _divides(run, longest, settings.batch_size)
         _learn(block, roundings, samples, error, settings.batch_size if divides else len(longest.target), settings)
-        after = sum(float(error(s, hard=True)) for s in samples) / len(samples)
+        after = _mean([float(error(s, hard=True)) for s in samples], start[0].device)
     if not after < before:
         # Too few iterations can leave it worse than where it began.
         for rounding, logit in zip(roundings, start, strict=True):
@@ -268,7 +193,7 @@ def _fit(
     return before, after
 
 
-def _divides(run: Callable[[_Sample], Tensor], sample: _Sample, count: int) -> bool:
+def _divides(run: Callable[[BlockSample], Tensor], sample: BlockSample, count: int) -> bool:
     """Whether a block makes of some entries what it makes of them among all."""
     first = len(sample.target) - count
     if first <= 0:
@@ -286,8 +211,8 @@ def _divides(run: Callable[[_Sample], Tensor], sample: _Sample, count: int) -> b
 def _learn(
     block: nn.Module,
     roundings: list[SoftRounding],
-    samples: list[_Sample],
-    error: Callable[[_Sample], Tensor],
+    samples: BlockSamples,
+    error: Callable[[BlockSample], Tensor],
     size: int,
     settings: Reconstruction,
 ) -> None:
@@ -309,8 +234,8 @@ def _learn(
             finally:
                 for quantizer in quantizers:
                     quantizer.drop = 0.0
-            scale = scale or float(loss.detach())
             # Relative to where it began: blocks differ by orders of magnitude.
+            scale = scale or _mean([float(loss.detach())], loss.device)
             total = loss / max(scale, 1e-30)
             done = number / settings.iterations
             if done >= 0.2:
@@ -319,9 +244,20 @@ def _learn(
                 total = total + settings.decision * 100 * decided / count
             gradients = torch.autograd.grad(total, parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = total_of(gradient) / world_size()
         optimizer.step()
 
 
 def _quantizers_of(block: nn.Module) -> list[Quantizer]:
     return [module for module in block.modules() if isinstance(module, Quantizer)]
+
+
+def _everywhere(count: int, device: torch.device) -> bool:
+    """Whether every rank has samples."""
+    return bool(minimum(torch.tensor(float(count), device=device)))
+
+
+def _mean(errors: list[float], device: torch.device) -> float:
+    """Over the samples of all ranks."""
+    sums = total_of(torch.tensor([sum(errors), len(errors)], dtype=torch.float64, device=device))
+    return float(sums[0] / sums[1])

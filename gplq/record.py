@@ -48,6 +48,9 @@ class Record:
 
     plan: Plan
     stage: Stage
+    # Whether the activation stage has trained since they were calibrated: what the model computes with its activations
+    # quantized is then what it is meant to compute.
+    trained: bool = False
 
 
 def set_record(model: nn.Module, record: Record) -> None:

@@ -19,23 +19,33 @@ from gplq.record import weight_views
 from gplq.spec import FLOAT_BITS
 from gplq.weights import WeightScales, choose_weight_scales, restore_weight, round_weight
 
-__all__ = ['at_scales', 'nearest', 'once', 'round_view', 'weights_rounded']
+__all__ = ['at_scales', 'nearest', 'note', 'once', 'recalled', 'round_view', 'weights_rounded']
 
 
 @torch.no_grad()
 def once(journal: Journal | None, step: str, view: WeightView, work: Callable[[], None]) -> None:
     """Do what changes one weight and its map, unless the journal knows how that ended."""
+    if not recalled(journal, step, view):
+        work()
+        note(journal, step, view)
+
+
+@torch.no_grad()
+def note(journal: Journal | None, step: str, view: WeightView) -> None:
+    """Write down how a step left one weight and its map."""
     if journal is None:
-        work()
         return
-    name = f'{step} {view.name}'
-    known = journal.recall(name)
+    own = {f'map.{key}': tensor for key, tensor in view.map.state_dict().items()}
+    corrected = torch.tensor(view.map.corrected)
+    journal.note(f'{step} {view.name}', {'weight': view.matrix(), 'corrected': corrected, **own})
+
+
+@torch.no_grad()
+def recalled(journal: Journal | None, step: str, view: WeightView) -> bool:
+    """Bring one weight and its map to where a step left them; False where the journal does not know."""
+    known = None if journal is None else journal.recall(f'{step} {view.name}')
     if known is None:
-        work()
-        own = {f'map.{key}': tensor for key, tensor in view.map.state_dict().items()}
-        corrected = torch.tensor(view.map.corrected)
-        journal.note(name, {'weight': view.matrix(), 'corrected': corrected, **own})
-        return
+        return False
     view.write(known.pop('weight').to(view.matrix()))
     view.map.corrected = bool(known.pop('corrected'))
     if view.map.weight is not None:
@@ -43,6 +53,7 @@ def once(journal: Journal | None, step: str, view: WeightView, work: Callable[[]
     view.map.load_state_dict({key.removeprefix('map.'): tensor for key, tensor in known.items()})
     if view.map.weight is not None:
         view.map.weight.enabled = True
+    return True
 
 
 @torch.no_grad()

@@ -56,12 +56,18 @@ class SampleStore:
         save_file({str(index): t.contiguous() for index, t in enumerate(tensors)}, path)
         files.append((path, str(tensors[0].device)))
 
-    def take(self, name: str) -> list[Tensor]:
-        """Every tensor of a name in the order in which they came; their memory and files are given up."""
-        tensors = self._kept.pop(name, [])
-        self._left += sum(t.numel() * t.element_size() for t in tensors)
-        for path, device in self._files.pop(name, []):
+    def read(self, name: str) -> list[Tensor]:
+        """Every tensor of a name in the order in which they came."""
+        tensors = list(self._kept.get(name, []))
+        for path, device in self._files.get(name, []):
             stored = load_file(path, device=device)
-            tensors = tensors + [stored[str(index)] for index in range(len(stored))]
+            tensors += [stored[str(index)] for index in range(len(stored))]
+        return tensors
+
+    def take(self, name: str) -> list[Tensor]:
+        """The same, and their memory and files are given up."""
+        tensors = self.read(name)
+        self._left += sum(t.numel() * t.element_size() for t in self._kept.pop(name, []))
+        for path, _ in self._files.pop(name, []):
             path.unlink()
         return tensors

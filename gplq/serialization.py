@@ -43,6 +43,7 @@ def describe(model: nn.Module) -> dict[str, str]:
         'format': FORMAT,
         'plan': record.plan.with_signs(signs).to_json(),
         'stage': record.stage.value,
+        'trained': json.dumps(record.trained),
         'compensated': json.dumps(compensated),
         'corrected': json.dumps(corrected),
     }
@@ -54,14 +55,14 @@ def restore(model: nn.Module, description: dict[str, str]) -> None:
     Raises:
         CheckpointError: if the description is damaged or names modules that the model lacks.
     """
-    stage, plan, compensated, corrected = _parse(description)
+    stage, trained, plan, compensated, corrected = _parse(description)
     insert(model, plan)
     for name in compensated:
         block = model.get_submodule(name)
         layer = LinearCompensation(_block_channels(model, name), plan.recipe.compensation_bits)
         layer.input.enabled = True
         attach_compensation(block, layer.to(_device(model)))
-    _enter_stage(model, stage, corrected)
+    _enter_stage(model, stage, trained, corrected)
 
 
 def adopt(model: nn.Module, description: dict[str, str]) -> None:
@@ -75,7 +76,7 @@ def adopt(model: nn.Module, description: dict[str, str]) -> None:
         CheckpointError: if the checkpoint was written under another recipe or for other sites.
     """
     record = record_of(model)
-    stage, plan, _, corrected = _parse(description)
+    stage, trained, plan, _, corrected = _parse(description)
     ours, theirs = record.plan.recipe.to_dict(), plan.recipe.to_dict()
     open_still = frozenset() if stage is Stage.QUANTIZED else WEIGHT_STAGE_FIELDS
     if record.plan.recipe.train_weights and not plan.recipe.train_weights:
@@ -91,18 +92,18 @@ def adopt(model: nn.Module, description: dict[str, str]) -> None:
     operands = plan.operands()
     for name, quantizer in named_quantizers(model):
         quantizer.spec = operands[name].spec
-    _enter_stage(model, stage, corrected)
+    _enter_stage(model, stage, trained, corrected)
 
 
 def trains_weights(description: dict[str, str]) -> bool:
     """Whether the model of a checkpoint rounded its weights while it trained."""
-    _, plan, _, _ = _parse(description)
+    _, _, plan, _, _ = _parse(description)
     return plan.recipe.train_weights
 
 
-def _enter_stage(model: nn.Module, stage: Stage, corrected: list[str]) -> None:
+def _enter_stage(model: nn.Module, stage: Stage, trained: bool, corrected: list[str]) -> None:
     """Switch on what a model of this stage uses."""
-    record_of(model).stage = stage
+    record_of(model).stage, record_of(model).trained = stage, trained
     for _, quantizer in named_quantizers(model):
         quantizer.enabled = stage is not Stage.PREPARED
         if stage is Stage.QUANTIZED:
@@ -117,8 +118,8 @@ def _enter_stage(model: nn.Module, stage: Stage, corrected: list[str]) -> None:
                 view.freeze()
 
 
-def _parse(description: dict[str, str]) -> tuple[Stage, Plan, list[str], list[str]]:
-    """Stage, plan, compensated blocks and corrected layers of a description that nobody vouches for."""
+def _parse(description: dict[str, str]) -> tuple[Stage, bool, Plan, list[str], list[str]]:
+    """Stage, whether activations were trained, plan, compensated blocks and corrected layers, unvouched for."""
     found = description.get('format') if isinstance(description, dict) else None
     if found != FORMAT:
         ours = isinstance(found, str) and found.startswith(FORMAT.rstrip('0123456789'))
@@ -128,6 +129,8 @@ def _parse(description: dict[str, str]) -> tuple[Stage, Plan, list[str], list[st
         raise CheckpointError(f"the file's format is {found!r:.40}, not {FORMAT!r}: {reason}")
     try:
         stage = Stage(description['stage'])
+        # Files that do not say are of the activation stage, which kept them behind its training.
+        trained = json.loads(description.get('trained', 'true'))
         plan = Plan.from_json(description['plan'])
         compensated, corrected = json.loads(description['compensated']), json.loads(description['corrected'])
     except (KeyError, ValueError, TypeError, RecursionError) as error:
@@ -136,7 +139,7 @@ def _parse(description: dict[str, str]) -> tuple[Stage, Plan, list[str], list[st
         raise CheckpointError(f"the file's description is damaged: {error}") from None
     if not _names(compensated) or not set(compensated) <= set(plan.blocks) or not _names(corrected):
         raise CheckpointError(f'the file compensates {compensated!r:.80}, which its plan does not list as blocks')
-    return stage, plan, compensated, corrected
+    return stage, trained is True, plan, compensated, corrected
 
 
 def _names(value: Any) -> bool:

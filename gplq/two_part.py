@@ -44,20 +44,25 @@ def candidates(low: Tensor, high: Tensor, spec: QuantizerSpec) -> Iterator[TwoPa
     """Scales to choose from for values between ``low`` and ``high``, ``(groups,)`` each.
 
     Twin uniform: the coarse half reaches to a share of ``high``, and the fine step is a power of two smaller
-    (PTQ4ViT sec. 3.2). Log: the largest code is a share of ``high``.
+    (PTQ4ViT sec. 3.2); or the fine half reaches to a share of ``low``, as that of GELU outputs does in the paper, and
+    the coarse half about to ``high``. Log: the largest code is a share of ``high``.
     """
     tiny = torch.finfo(high.dtype).tiny
-    top = high.clamp(min=0)
+    top, bottom = high.clamp(min=0), low.clamp(max=0)
     for clip in CLIPS:
         if spec.scheme == 'log_sqrt2':
             smallest = top * clip / math.sqrt(2) ** (log_sqrt2_levels(spec.bits) - 1)
             yield TwoPartScale(smallest.clamp(min=tiny), torch.zeros_like(top))
             continue
         (fine_low, _), (_, coarse_high) = twin_bounds(spec.bits, bool(spec.signed))
-        # Where nothing is positive, the fine half's own range decides.
-        reach = torch.where(top > 0, top / coarse_high, low.clamp(max=0) / min(fine_low, -1))
         for shift in range(MAX_SHIFT + 1):
-            yield TwoPartScale((clip * reach / 2**shift).clamp(min=tiny), torch.full_like(top, shift))
+            yield TwoPartScale((clip * top / coarse_high / 2**shift).clamp(min=tiny), torch.full_like(top, shift))
+        if fine_low < 0:
+            fine = (clip * bottom / fine_low).clamp(min=tiny)
+            # The shift at which the coarse half just holds the largest value, and its neighbours.
+            enough = (top / coarse_high / fine).clamp(min=1).log2().ceil()
+            for beside in (-1, 0, 1):
+                yield TwoPartScale(fine, (enough + beside).clamp(0, MAX_SHIFT))
 
 
 def propose(values: Tensor, low: Tensor, high: Tensor, spec: QuantizerSpec) -> TwoPartScale:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from gplq.journal import Journal
 from gplq.layernorm_folding import fold_into_layernorms
 from gplq.progress import Progress, no_progress
 from gplq.reconstruct import Reconstruction, reconstruct_blocks
-from gplq.record import Stage, named_quantizers, record_of, weight_views
+from gplq.record import Stage, floating_point, named_quantizers, record_of, weight_views
 from gplq.rounding import once, round_view
 from gplq.spec import FLOAT_BITS
 from gplq.trace import evaluating
@@ -45,7 +46,8 @@ def quantize_weights(
     Activation quantizers are frozen first. Each weight is rounded with its input's scales folded in, per output
     channel (GPLQ sec. 3.2.2), so that the integer product of the codes is the product that was evaluated; then it
     is frozen, too, because an optimizer would move it off its grid. Last, the recipe's compensation is fitted to
-    the outputs of the model before rounding.
+    the outputs of the model before rounding: in floating point, or with its activations quantized where they were
+    trained to be.
 
     Args:
         model: calibrated, and usually trained by the activation stage.
@@ -85,16 +87,18 @@ def quantize_weights(
         first = {} if batches is None else tensors_in(next(iter(batches), None))
         start = {**model.state_dict(), **{f'batch {name}': tensor for name, tensor in first.items()}}
         kept = Journal(Path(journal), fingerprint(start, f'{record.plan.to_json()} {reconstruction}'))
-    with evaluating(model):
+    with evaluating(model), ExitStack() as stack:
         statistics: dict[str, ColumnStatistics] = {}
         if pending and batches is not None:
             if recipe.compensation != 'none':
                 reference = independent_copy(model)
+                if not record.trained:
+                    stack.enter_context(floating_point(reference))
             if recipe.uses_statistics:
                 statistics = observe_columns(model, batches, forward, progress)
         learned: frozenset[str] = frozenset()
         if recipe.rounding == 'reconstruct' and pending and batches is not None:
-            learned = reconstruct_blocks(model, batches, reconstruction, forward, progress)
+            learned = reconstruct_blocks(model, batches, reconstruction, forward, progress, kept)
         left = [(plan, view) for plan, view in pending if view.name not in learned]
         for _, view in progress(left, 'round weights'):
             found = statistics.pop(view.name, None)

@@ -27,18 +27,21 @@ class WeightScales(NamedTuple):
 
 
 def round_weight(weight: Tensor, scales: WeightScales, bits: int) -> Tensor:
-    """Codes of a matrix ``(rows, columns)``, as floats: signed, or from 0 up with a zero point."""
-    codes = (weight / scales.scale[:, None]).round()
+    """Codes of a matrix ``(rows, columns)``, as floats: signed, or from 0 up with a zero point.
+
+    Scales ``(candidates, rows)`` give the codes of each.
+    """
+    codes = (weight / scales.scale[..., None]).round_()
     if scales.zero_point is None:
         return codes.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return codes.add_(scales.zero_point[:, None]).clamp_(0, 2**bits - 1)
+    return codes.add_(scales.zero_point[..., None]).clamp_(0, 2**bits - 1)
 
 
 def restore_weight(codes: Tensor, scales: WeightScales) -> Tensor:
-    """Values of codes ``(rows, columns)``."""
+    """Values of codes ``(rows, columns)``, with any axes of candidates in front."""
     if scales.zero_point is not None:
-        codes = codes - scales.zero_point[:, None]
-    return codes * scales.scale[:, None]
+        codes = codes - scales.zero_point[..., None]
+    return codes * scales.scale[..., None]
 
 
 def choose_weight_scales(

@@ -219,6 +219,8 @@ class ActivationQATHook(Hook):
             # The same numbers with quantizers and without, which the FP32 control relies on.
             with seeded(self.settings.seed):
                 self._start(runner, model)
+        if self.settings.trains and self.settings.recipe.quantizes:
+            record_of(model).trained = True
         # Numbers are drawn in the order of a run that has not been interrupted.
         replay.start()
 
