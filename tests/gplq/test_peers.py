@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import gplq
 from gplq import integer
 from gplq.layers import QuantizedLinear
-from gplq.record import named_products, weight_views
+from gplq.record import floating_point, named_products, weight_views
 
 Make = Callable[..., nn.Module]
 METHODS = {
@@ -70,6 +70,22 @@ def test_repq_vit_has_offsets_and_a_scale_a_channel_behind_norms(toy_vit: Make, 
     schemes = {p.operands[0].spec.scheme for name, p in named_products(model) if name.endswith(':1')}
     assert schemes == {'log_sqrt2'}
     assert error(model, toy_vit, images) < 0.5
+
+
+def test_repq_vits_reparametrization_leaves_the_function_as_it_was(toy_vit: Make, images: Tensor) -> None:
+    """Scales a channel divide LayerNorms and multiply the weights behind them: without rounding nothing changes."""
+    outputs = []
+    for folded in (False, True):
+        model = quantized('repq_vit', 8, toy_vit, images, fold_layernorm=folded, attention_map='uniform')
+        norm = model.get_submodule('blocks.0.norm1').weight.detach()
+        assert torch.equal(norm, toy_vit().get_submodule('blocks.0.norm1').weight) != folded
+        with torch.no_grad(), floating_point(model):
+            outputs.append(model(images))
+    assert torch.allclose(*outputs, atol=1e-5)
+    with torch.no_grad():
+        expected = toy_vit()(images)
+    # The weights' rounding alone is left.
+    assert float((outputs[0] - expected).norm() / expected.norm()) < 0.02
 
 
 def test_what_is_fitted_or_fed_back_is_nearer_to_the_floating_point_model(toy_vit: Make, images: Tensor) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import gplq
+from gplq import block_samples, reconstruct
 from gplq.errors import RecipeError, StageError
 from gplq.record import named_quantizers, weight_views
+from gplq.sample_store import SampleStore
 from gplq.soft_rounding import SoftRounding
 from gplq.weights import choose_weight_scales
 
@@ -113,19 +117,92 @@ def test_an_iteration_takes_a_few_entries_of_a_batch_where_the_block_treats_each
 
 def test_models_without_a_divergence_count_all_outputs_alike(toy_vit: Make, images: Tensor) -> None:
     """One logit has no divergence from itself: its slope says nothing."""
-    outputs = []
-    for logits in (1, 5):
-        model = toy_vit(depth=1)
-        model.head = nn.Linear(16, logits)
-        gplq.prepare(model, gplq.Recipe.reconstruct(2, 8, fold_layernorm=False), images[:2])
-        gplq.calibrate(model, [images])
-        gplq.quantize_weights(model, [images], reconstruction=gplq.Reconstruction(iterations=150, drop=0.0))
-        outputs.append(block_error(model, toy_vit(depth=1), images))
+    model = toy_vit(depth=1)
+    model.head = nn.Linear(16, 1)
+    gplq.prepare(model, gplq.Recipe.reconstruct(2, 8, fold_layernorm=False), images[:2])
+    gplq.calibrate(model, [images])
+    gplq.quantize_weights(model, [images], reconstruction=gplq.Reconstruction(iterations=150, drop=0.0))
     nearest = toy_vit(depth=1)
     gplq.prepare(nearest, gplq.Recipe.reconstruct(2, 8, rounding='nearest', fold_layernorm=False), images[:2])
     gplq.calibrate(nearest, [images])
     gplq.quantize_weights(nearest, [images])
-    assert outputs[0] < 0.8 * block_error(nearest, toy_vit(depth=1), images)
+    assert block_error(model, toy_vit(depth=1), images) < 0.8 * block_error(nearest, toy_vit(depth=1), images)
+
+
+def test_errors_are_weighed_by_what_the_head_makes_of_them(
+    toy_vit: Make, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that reads half of the channels says that the other half matters less."""
+    errors, seen = [], []
+    collect, fit = reconstruct.collect_blocks, reconstruct._fit
+    for factor in (1.0, 10.0):
+
+        def scaled(*args: object, factor: float = factor) -> block_samples.BlockSamples:
+            found = collect(*args)  # type: ignore[arg-type]
+            ours = block_samples.BlockSamples(SampleStore(10.0))
+            for sample in found:
+                seen.append(sample.importance.mean(dim=(0, 1)))
+                ours.add(replace(sample, importance=sample.importance * factor))
+            return ours
+
+        def watched(*args: object) -> tuple[float, float]:
+            errors.append(fit(*args))  # type: ignore[arg-type]
+            return errors[-1]
+
+        model = toy_vit(depth=1)
+        with torch.no_grad():
+            model.norm.weight[8:] = 0
+            model.norm.bias.zero_()
+        monkeypatch.setattr(reconstruct, 'collect_blocks', scaled)
+        monkeypatch.setattr(reconstruct, '_fit', watched)
+        gplq.prepare(model, gplq.Recipe.reconstruct(2, 8), images[:2])
+        gplq.calibrate(model, [images])
+        gplq.quantize_weights(model, [images], reconstruction=gplq.Reconstruction(iterations=30))
+    assert float(seen[0].mean()) == pytest.approx(1)
+    assert float(seen[0][:8].mean()) > 2 * float(seen[0][8:].mean())
+    # A factor common to all changes the errors, and nothing that is learned.
+    assert errors[1] == pytest.approx([10 * error for error in errors[0]], rel=1e-3)
+
+
+def test_blocks_that_a_journal_knows_are_not_learned_again(
+    toy_vit: Make, images: Tensor, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(journal: Path) -> dict[str, Tensor]:
+        model = toy_vit()
+        gplq.prepare(model, gplq.Recipe.reconstruct(3, 4), images[:2])
+        gplq.calibrate(model, [images])
+        gplq.quantize_weights(model, [images], journal=journal, reconstruction=gplq.Reconstruction(iterations=30))
+        return model.state_dict()
+
+    expected = run(tmp_path / 'whole')
+    fits, fit = [], reconstruct._fit
+
+    def interrupted(*args: object) -> object:
+        if len(fits) == 1:
+            raise KeyboardInterrupt
+        fits.append(args)
+        return fit(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reconstruct, '_fit', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / 'journal')
+    monkeypatch.setattr(reconstruct, '_fit', lambda *args: (fits.append(args), fit(*args))[1])
+    found = run(tmp_path / 'journal')
+    assert len(fits) == 2
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize('megabytes', [0.0, 0.02])
+def test_samples_that_lie_in_files_are_the_same(megabytes: float, toy_vit: Make, images: Tensor) -> None:
+    states = []
+    for memory_mb in (megabytes, 100.0):
+        model = toy_vit(depth=1)
+        gplq.prepare(model, gplq.Recipe.reconstruct(3, 4), images[:2])
+        gplq.calibrate(model, [images])
+        settings = gplq.Reconstruction(iterations=20, memory_mb=memory_mb)
+        gplq.quantize_weights(model, list(images.chunk(4)), reconstruction=settings)
+        states.append(model.state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
 class InPlace(nn.Module):

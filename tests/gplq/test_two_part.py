@@ -18,7 +18,7 @@ from gplq.log_sqrt2 import log_sqrt2_levels, log_sqrt2_parts
 from gplq.record import named_products, named_quantizers, weight_views
 from gplq.spec import QuantizerSpec
 from gplq.twin_uniform import twin_parts, twin_table
-from gplq.two_part import TwoPartQuantizer, candidates, parts_of, propose, steps_of_parts
+from gplq.two_part import TwoPartQuantizer, TwoPartScale, candidates, parts_of, propose, steps_of_parts
 
 Make = Callable[..., nn.Module]
 ONE = torch.ones(1)
@@ -32,6 +32,18 @@ def test_twin_codes_of_three_bits_by_hand() -> None:
     # GELU: negative values are fine, positive ones coarse.
     assert twin_table(3, shift=1, signed=True).tolist() == [-4, -3, -2, -1, 0, 2, 4, 6]
     assert twin_table(2, shift=0, signed=True).tolist() == [-2, -1, 0, 1]
+
+
+@pytest.mark.parametrize(('low', 'high'), [(-1.0, 0.01), (-0.17, 0.02), (-0.17, 0.1), (-1.0, 0.0), (-0.17, 5.0)])
+@pytest.mark.parametrize('bits', [3, 4, 6, 8])
+def test_twin_is_no_worse_than_uniform_whichever_side_is_the_longer(low: float, high: float, bits: int) -> None:
+    values = torch.rand(1, 5000, generator=torch.Generator().manual_seed(0)) * (high - low) + low
+    spec = QuantizerSpec(bits, signed=True, granularity='tensor', scheme='twin_uniform')
+    scale = TwoPartScale(*(t[:, None] for t in propose(values, values.amin(1), values.amax(1), spec)))
+    twin = steps_of_parts(parts_of(values, scale, spec)) * scale.scale
+    step = max(high / (2 ** (bits - 1) - 1), -low / 2 ** (bits - 1))
+    uniform = (values / step).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * step
+    assert float((twin - values).norm()) <= 1.01 * float((uniform - values).norm())
 
 
 @pytest.mark.parametrize('signed', [False, True])
