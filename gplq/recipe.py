@@ -186,9 +186,27 @@ class Recipe:
         return cls.gplq(weight_bits, activation_bits, **{**chosen, **settings})
 
     @classmethod
-    def rtn(cls, weight_bits: int = 4, activation_bits: int = 4, **settings: Any) -> Recipe:
-        """Round-to-nearest, calibrated: per-tensor activations and per-channel weights of least squared error."""
+    def rtn(
+        cls,
+        weight_bits: int = 4,
+        activation_bits: int = 4,
+        *,
+        ranges: Literal['mse', 'min_max', 'percentile'] = 'mse',
+        **settings: Any,
+    ) -> Recipe:
+        """Round-to-nearest, calibrated: activations a tensor and weights a channel.
+
+        Args:
+            weight_bits: 2 to 8, or 32.
+            activation_bits: likewise.
+            ranges: of both, that of least squared error, from the smallest to the largest value, or between
+                percentiles.
+            settings: any other of the recipe.
+        """
         chosen: dict[str, Any] = {
+            'linear_observer': ranges,
+            'product_observer': ranges,
+            'weight_scheme': ranges,
             'linear_input': 'tensor',
             'input_offset': False,
             'attention_map': 'uniform',

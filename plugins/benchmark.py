@@ -161,6 +161,9 @@ def plan_runs(
     """
     _check_options(options, methods, variants)
     methods, bits, seeds, variants = (list(dict.fromkeys(chosen)) for chosen in (methods, bits, seeds, variants))  # type: ignore[assignment]
+    # An activation stage is calibrated for the weights of its own run: for as many bits as the activations have, where
+    # those are asked for, or the fewest, whatever the order in which they were named.
+    bits = sorted(bits, key=lambda pair: (-pair[1], pair[0] != pair[1], pair[0]))
     slug = re.sub(r'[^\w.=-]+', '_', '_'.join(f'{key}={value}' for key, value in options.items()))
     if len(slug) > 100:
         # Folders' names have an end.

@@ -15,6 +15,7 @@ from gplq.files import write_bytes_atomically
 from gplq.plugins.benchmark import HOOK, TOOL, Run, curve_of, rows_of
 from gplq.plugins.command_line import option_value
 from gplq.plugins.comparison import Comparison, add_intervals
+from gplq.plugins.hooks.resume import find_resume_point
 from gplq.plugins.hooks.settings import HookSettings
 from gplq.plugins.json_files import read_json
 from gplq.plugins.logged_run import check_tool, run_logged
@@ -31,6 +32,7 @@ __all__ = [
     'config_of',
     'metrics_of',
     'model_of_config',
+    'raise_failures',
     'read',
     'task_of',
 ]
@@ -38,6 +40,8 @@ __all__ = [
 
 # In the folder of a run that came to its end: which run it was.
 MARK = 'run.json'
+# While it has not: which run was begun there.
+BEGUN = 'begun.json'
 
 
 def task_of(config: str) -> str:
@@ -138,7 +142,7 @@ def model_of_config(config: str, benchmark: str) -> str:
 
 def carry_out(
     runs: Sequence[Run], metrics: Sequence[str], data_root: str, output: Path, curves: Path | None = None
-) -> None:
+) -> list[str]:
     """Make the runs whose rows are not in ``output``, then the intervals of their differences from FP32.
 
     Args:
@@ -148,8 +152,13 @@ def carry_out(
         output: file of the rows, which are added to it.
         curves: file of further rows, one for each validation during a run; None keeps none.
 
+    A run that fails does not keep the others from being made; one that was interrupted is resumed.
+
+    Returns:
+        Of each run that failed, its folder with its last words and the place of its log.
+
     Raises:
-        ResultError: a run failed; the message has its last words and the place of its log.
+        ResultError: there is nothing to start from, or predictions are of other runs than the rows.
     """
     check_tool(TOOL)
     checkpoint = runs[0].checkpoint
@@ -164,14 +173,19 @@ def carry_out(
     lost = [stage for stage in stages if not _left_by(stage, sha256, settings)]
     waiting = [run for run in runs if run in waiting or run in lost]
     print(f'{len(runs)} runs, {len(runs) - len(waiting)} of them done already; rows: {output}')
+    failed: dict[Path, str] = {}
     for number, run in enumerate(track_iter_progress(waiting) if waiting else (), start=1):
         print(f'\n[{number}/{len(waiting)}] {run.text}', flush=True)
-        mark = run.work_dir / MARK
-        mark.unlink(missing_ok=True)
-        run_logged(run.arguments(data_root), run.work_dir)
-        write_bytes_atomically(mark, json.dumps(_identity(run, sha256, settings)).encode())
         again = run.is_done(metrics, sha256, settings, known)
-        rows = rows_of(run, metrics, run.model or model_of_config(run.config, run.benchmark), settings)
+        try:
+            if run.trained_by is not None and run.trained_by.work_dir in failed:
+                raise ResultError(f'the activation stage of {run.trained_by.work_dir} has failed')
+            _make(run, data_root, _identity(run, sha256, settings))
+            rows = rows_of(run, metrics, run.model or model_of_config(run.config, run.benchmark), settings)
+        except ResultError as error:
+            failed[run.work_dir] = str(error)
+            print(f'{run.work_dir}: {error}', flush=True)
+            continue
         for row in rows:
             if not again:
                 append_row(output, row)
@@ -182,7 +196,34 @@ def carry_out(
     references = [run for run in runs if run.method == 'fp32']
     compared = [metric for metric in metrics if Comparison.compares(metric)]
     pairs = [Comparison(run, fp32, metric) for fp32 in references for run in runs if run != fp32 for metric in compared]
+    pairs = [pair for pair in pairs if not {pair.run.work_dir, pair.fp32.work_dir} & failed.keys()]
     add_intervals(pairs, data_root, sha256, output)
+    return [f'{folder}: {words}' for folder, words in failed.items()]
+
+
+def raise_failures(failed: Sequence[str]) -> None:
+    """End a program whose runs have failed, once it has shown what the others found.
+
+    Raises:
+        ResultError: there are any.
+    """
+    if failed:
+        raise ResultError('\n'.join([f'{len(failed)} runs failed; the same command makes them again:', *failed]))
+
+
+def _make(run: Run, data_root: str, identity: dict[str, str]) -> None:
+    """Carry out one run, from where it was interrupted if it was."""
+    mark, begun = run.work_dir / MARK, run.work_dir / BEGUN
+    mark.unlink(missing_ok=True)
+    arguments = run.arguments(data_root)
+    if _is(begun, identity) and find_resume_point(str(run.work_dir)):
+        print('resumed')
+        arguments.append('--resume')
+    run.work_dir.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomically(begun, json.dumps(identity).encode())
+    run_logged(arguments, run.work_dir)
+    write_bytes_atomically(mark, json.dumps(identity).encode())
+    begun.unlink()
 
 
 def _identity(run: Run, sha256: str, settings: str) -> dict[str, str]:
@@ -191,8 +232,13 @@ def _identity(run: Run, sha256: str, settings: str) -> dict[str, str]:
 
 def _left_by(run: Run, sha256: str, settings: str) -> bool:
     """Whether the activation stage in a run's folder is this run's, not one of another checkpoint or config."""
+    return run.stage_file.is_file() and _is(run.work_dir / MARK, _identity(run, sha256, settings))
+
+
+def _is(mark: Path, identity: dict[str, str]) -> bool:
+    """Whether a mark is there and of this run."""
     try:
-        return run.stage_file.is_file() and read_json(run.work_dir / MARK) == _identity(run, sha256, settings)
+        return bool(read_json(mark) == identity)
     except ResultError:
-        # No mark, or one that was damaged: nobody knows whose it is.
+        # None, or one that was damaged: nobody knows whose it is.
         return False

@@ -88,7 +88,10 @@ def read_config(args: argparse.Namespace) -> Config:
 
 
 def exit_on_error(main: Callable[[], None]) -> None:
-    """Run a program; what a user can mend is printed as one line, with exit status 2."""
+    """Run a program; what a user can mend is printed as one line, with exit status 2.
+
+    Ctrl-C ends it without a traceback, with 130 as shells have it.
+    """
     try:
         main()
     except GPLQError as error:
@@ -96,3 +99,6 @@ def exit_on_error(main: Callable[[], None]) -> None:
         marker = f'{type(error).__module__}.{type(error).__qualname__}: '
         print(f'error: {str(error).rpartition(marker)[2].strip()}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(130)

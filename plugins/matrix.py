@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 from collections.abc import Sequence
 from dataclasses import fields
@@ -10,10 +9,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from gplq.plugins.benchmark import Run
+from gplq.plugins.benchmark import HOOK, Run
 from gplq.plugins.campaign import read
+from gplq.plugins.command_line import option_value
 from gplq.plugins.hooks.settings import HookSettings
-from gplq.plugins.methods import METHODS
+from gplq.plugins.methods import METHODS, VARIANTS
 from gplq.plugins.plotting import look, new_figure, save
 from gplq.plugins.results import BOUNDS, ResultError, ResultRow, bits_name
 from gplq.recipe import Recipe
@@ -26,18 +26,19 @@ COLUMNS = ('minutes', 'peak_memory_mb', 'calibration_samples', 'effective_bits',
 BESIDE = ('weight_bits', 'activation_bits', 'targets', 'skip')
 
 
-def settings_of(config: str, method: str, options: dict[str, str]) -> dict[str, Any]:
-    """Where a method's settings differ from the defaults of the core, as names and values.
+def settings_of(config: str, method: str, options: dict[str, str], variant: str = '') -> dict[str, Any]:
+    """Where the settings of a method, and of a variant of it, differ from the core's defaults, as names and values.
 
     Raises:
         RecipeError: the config's hook has a setting that there is not.
         ResultError: the config cannot be read or has no such hook.
     """
     cfg = read(config)
-    cfg.merge_from_dict({key: _value(value) for key, value in options.items()})
+    cfg.merge_from_dict({key: option_value(value) for key, value in options.items()})
     if not isinstance(cfg.default_hooks.gplq, dict):
         raise ResultError(f'--options leaves default_hooks.gplq={cfg.default_hooks.gplq!r}, which is no hook')
-    hook = {name: value for name, value in cfg.default_hooks.gplq.items() if name != 'type'}
+    cfg.merge_from_dict({f'{HOOK}{name}': value for name, value in VARIANTS[variant].items()})
+    hook = {name: value for name, value in cfg.default_hooks.gplq.to_dict().items() if name != 'type'}
     settings = HookSettings.from_config(**(hook | METHODS[method]))
     found: dict[str, Any] = _differences(settings.recipe, Recipe(), '')
     if settings.recipe.rounding == 'reconstruct':
@@ -131,10 +132,3 @@ def _all(settings: Any, prefix: str) -> dict[str, Any]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

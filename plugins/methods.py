@@ -14,7 +14,7 @@ METHODS: dict[str, dict[str, Any]] = {
     'vvtq': {'method': 'vvtq'},
     **{
         name: {'method': name, 'iterations': 0}
-        for name in ('rtn', 'ptq4vit', 'repq_vit', 'gptq', 'qwt', 'erq', 'reconstruct')
+        for name in ('rtn', 'rtn_min_max', 'rtn_percentile', 'ptq4vit', 'repq_vit', 'gptq', 'qwt', 'erq', 'reconstruct')
     },
 }
 
@@ -42,6 +42,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     '1 epoch': {'minimum_iterations': 0, 'iterations': None},
     'scales only': {'stage.lr': 0.0},
     'nearest': {'recipe.rounding': 'nearest'},
+    'searched': {'recipe.weight_scheme': 'searched', 'recipe.rounding': 'nearest'},
+    'repq_vit': {'recipe.weight_scheme': 'percentile_asymmetric', 'recipe.rounding': 'nearest'},
     'feedback': {'recipe.rounding': 'feedback'},
     'reconstruct': {'recipe.rounding': 'reconstruct'},
     **{kind: {'recipe.compensation': kind} for kind in ('qwt', 'ridge', 'affine', 'erq')},

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from gplq.plugins.campaign import carry_out
+from gplq.plugins.campaign import carry_out, raise_failures
 from gplq.plugins.campaign_arguments import add_campaign_arguments, request_of
 from gplq.plugins.command_line import exit_on_error
 from gplq.plugins.methods import METHODS, ROW, VARIANTS
@@ -56,7 +56,7 @@ def main() -> None:
     args = parse_args()
     request = request_of(args)
     runs = request.runs(args.methods, args.variants)
-    carry_out(runs, request.metrics, request.data_root, request.output, args.curves)
+    raise_failures(carry_out(runs, request.metrics, request.data_root, request.output, args.curves))
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 from gplq.files import write_bytes_atomically
-from gplq.plugins.campaign import carry_out
+from gplq.plugins.campaign import carry_out, raise_failures
 from gplq.plugins.campaign_arguments import add_campaign_arguments, request_of
 from gplq.plugins.command_line import exit_on_error
 from gplq.plugins.matrix import plot, rows_of_runs, settings_of, write_csv
@@ -24,7 +24,19 @@ EXAMPLE = """example:
       --methods rtn ptq4vit gptq gplq --bits W8A8 W4A4 W3A4 --seeds 0 1 2"""
 
 DEFAULT = ('rtn', 'ptq4vit', 'repq_vit', 'gptq', 'qwt', 'erq', 'reconstruct', 'gplq')
-STAGES = ('', 'nearest', 'feedback', 'reconstruct', 'qwt', 'ridge', 'affine', 'erq', "paper's weights")
+STAGES = (
+    '',
+    'nearest',
+    'searched',
+    'repq_vit',
+    'feedback',
+    'reconstruct',
+    'qwt',
+    'ridge',
+    'affine',
+    'erq',
+    "paper's weights",
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -50,14 +62,21 @@ def main() -> None:
     args = parse_args()
     request = request_of(args)
     methods = ['fp32', *(method for method in args.methods if method != 'fp32')]
-    told = {method: settings_of(request.config, method, request.options) for method in methods if method != 'fp32'}
-    settings = '\n'.join(f'- `{method}`: {_shown(values)}' for method, values in told.items())
+    told = {
+        ' '.join(filter(None, (method, stage))): settings_of(request.config, method, request.options, stage)
+        for method in methods
+        if method != 'fp32'
+        for stage in (args.stages if method == 'gplq' else [''])
+    }
+    settings = '\n'.join(f'- `{name}`: {_shown(values)}' for name, values in told.items())
     runs = request.runs(methods, args.stages)
     print(f'Where the methods differ from the defaults:\n{settings}\n')
-    carry_out(runs, request.metrics, request.data_root, request.output)
+    failed = carry_out(runs, request.metrics, request.data_root, request.output)
 
     rows = rows_of_runs(runs, read_rows(request.output), file_sha256(request.checkpoint))
     columns = ('interval', 'minutes', 'peak_memory_mb', 'calibration_samples', 'effective_bits', 'artifact_bytes')
+    if not rows:
+        raise_failures(failed)
     table = render_table(rows, request.metrics, columns)
     page = f'# {request.name}, {request.split}\n\n{table}\nWhere the methods differ from the defaults:\n\n{settings}\n'
     files = request.work_dir / f'compare_{request.split}'
@@ -65,6 +84,7 @@ def main() -> None:
     write_bytes_atomically(files.with_suffix('.csv'), write_csv(rows, request.metrics).encode())
     plot(rows, request.metrics[0], files.with_suffix('.png'))
     print(f'\n{table}\n{files}.md, .csv and .png')
+    raise_failures(failed)
 
 
 def _shown(values: dict[str, object]) -> str:

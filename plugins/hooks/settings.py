@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypedDict, get_type_hints
 
 from gplq.activation_stage import ActivationStage
@@ -20,6 +21,8 @@ METHODS = {
     'gplq': Recipe.gplq,
     'paper': Recipe.paper,
     'rtn': Recipe.rtn,
+    'rtn_min_max': partial(Recipe.rtn, ranges='min_max'),
+    'rtn_percentile': partial(Recipe.rtn, ranges='percentile'),
     'ptq4vit': Recipe.ptq4vit,
     'repq_vit': Recipe.repq_vit,
     'gptq': Recipe.gptq,
@@ -52,7 +55,21 @@ class Arguments(TypedDict, total=False):
     skip: Patterns | None
     mimicking: bool | float | None
     method: (
-        Literal['gplq', 'paper', 'rtn', 'ptq4vit', 'repq_vit', 'gptq', 'qwt', 'erq', 'reconstruct', 'lsq', 'vvtq']
+        Literal[
+            'gplq',
+            'paper',
+            'rtn',
+            'rtn_min_max',
+            'rtn_percentile',
+            'ptq4vit',
+            'repq_vit',
+            'gptq',
+            'qwt',
+            'erq',
+            'reconstruct',
+            'lsq',
+            'vvtq',
+        ]
         | None
     )
     recipe: str | dict[str, Any] | None

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gplq.plugins.benchmark import Run
-from gplq.plugins.campaign import MARK, carry_out, model_of_config, task_of
+from gplq.plugins.campaign import MARK, carry_out, model_of_config, raise_failures, task_of
 from gplq.plugins.results import ResultError, read_rows
 
 TRAIN = """
@@ -138,13 +143,92 @@ def test_a_stage_of_another_checkpoint_or_config_is_not_gone_on_with(
     assert calls() == [*3 * ['gplq_w4_s0'], 'gplq_w2a4_s0']
 
 
-def test_a_failed_run_says_why_and_keeps_the_rows_so_far(
+def test_a_failed_run_says_why_and_does_not_keep_the_others_from_running(
     calls: Callable[[], list[str]], make_runs: Callable[..., list[Run]]
 ) -> None:
     output = Path('rows.jsonl')
-    with pytest.raises(ResultError, match=r'failed: ValueError: nine\nsee .*rtn_w4_s9/log.txt'):
-        carry_out(make_runs(['rtn'], [4], [0, 9], [''], task='classification'), ['top1'], '/data', output)
-    assert len(read_rows(output)) == 1
+    failed = carry_out(make_runs(['rtn'], [4], [9, 0], [''], task='classification'), ['top1'], '/data', output)
+    assert [row.seed for row in read_rows(output)] == [0]
+    with pytest.raises(ResultError, match=r'(?s)1 runs failed.*ValueError: nine\nsee .*rtn_w4_s9/log.txt'):
+        raise_failures(failed)
+    raise_failures([])
+
+
+def test_what_needs_the_stage_of_a_failed_run_fails_with_it(
+    calls: Callable[[], list[str]], make_runs: Callable[..., list[Run]]
+) -> None:
+    runs = make_runs(['gplq', 'rtn'], [(8, 4), 4], [9], [''], task='classification')
+    failed = carry_out(runs, ['top1'], '/data', Path('rows.jsonl'))
+    assert len(failed) == 4 and sum('the activation stage of' in words for words in failed) == 1
+
+
+def test_the_run_of_as_many_bits_trains_the_stage_whatever_the_order(make_runs: Callable[..., list[Run]]) -> None:
+    for bits in ([8, 4, (8, 4), (2, 4)], [(2, 4), (8, 4), 4, 8]):
+        runs = make_runs(['gplq'], bits, [0], [''])
+        assert {run.bits: run.trained_by and run.trained_by.bits for run in runs} == {
+            (8, 8): None,
+            (4, 4): None,
+            (2, 4): (4, 4),
+            (8, 4): (4, 4),
+        }
+
+
+# Writes that it has begun and waits to be killed, the first time.
+WAIT = """
+import os, pathlib, subprocess, sys, time
+work = pathlib.Path(sys.argv[sys.argv.index('--work-dir') + 1])
+if not (work / 'gplq_resume.pth').exists():
+    (work / 'gplq_resume.pth').touch()
+    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
+    pathlib.Path('pids.txt').write_text(f'{os.getpid()} {child.pid}')
+    time.sleep(600)
+assert sys.argv[-1] == '--resume', sys.argv
+sys.argv.pop()
+"""
+CARRY_OUT = """
+import sys
+from pathlib import Path
+from gplq.plugins.benchmark import plan_runs
+from gplq.plugins.campaign import carry_out
+from gplq.plugins.command_line import exit_on_error
+runs = list(plan_runs('cells', 'configs/a.py', 'fp32.pth', 'dev', ['rtn'], [(4, 4)], [0], [''], {}, Path('work'),
+                      'classification'))
+exit_on_error(lambda: print(carry_out(runs, ['top1'], '/data', Path('rows.jsonl'))))
+"""
+
+
+def running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # What nobody has waited for yet is a zombie.
+    return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+
+
+@pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_what_is_interrupted_leaves_no_process_behind_and_is_resumed(
+    number: signal.Signals, code: int, calls: Callable[[], list[str]]
+) -> None:
+    Path('fp32.pth').write_bytes(b'weights')
+    Path('tools/train.py').write_text(WAIT + TRAIN)
+    command = [sys.executable, '-c', CARRY_OUT]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as first:
+        while not Path('pids.txt').exists() or not Path('pids.txt').read_text():
+            assert first.poll() is None, first.communicate()
+            time.sleep(0.05)
+        pids = [int(pid) for pid in Path('pids.txt').read_text().split()]
+        # Two in one folder would spoil each other's files.
+        second = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert 'another process is at work in work/dev/rtn_w4_s0' in second.stdout
+        first.send_signal(number)
+        _, errors = first.communicate(timeout=60)
+    assert first.returncode == code and 'Traceback' not in errors
+    time.sleep(0.2)
+    assert not any(running(pid) for pid in pids)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and '[]' in done.stdout, done.stdout + done.stderr
+    assert len(read_rows('rows.jsonl')) == 1
 
 
 def test_a_missing_checkpoint_is_found_before_anything_runs(
@@ -163,8 +247,8 @@ def test_the_last_words_of_a_log_are_the_reason_where_no_error_is_named(
     runs = make_runs(['rtn'], [4], [0], [''], task='classification')
     for words in ('torch.cuda.OutOfMemoryError: no memory', 'Killed'):
         Path('tools/train.py').write_text(f'import sys; sys.exit({words!r})')
-        with pytest.raises(ResultError, match=f'failed: {words}\nsee '):
-            carry_out(runs, ['top1'], '/data', Path('rows.jsonl'))
+        (failed,) = carry_out(runs, ['top1'], '/data', Path('rows.jsonl'))
+        assert f'failed: {words}\nsee ' in failed
     Path('tools/train.py').unlink()
     with pytest.raises(ResultError, match='start this program from the repository'):
         carry_out(runs, ['top1'], '/data', Path('rows.jsonl'))
