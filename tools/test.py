@@ -111,6 +111,9 @@ def main() -> None:
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         draw_predictions(cfg, args)
+    if cfg.get('train_dataloader') is None:
+        # mmengine wants all of these or none; what is only measured needs none.
+        cfg.train_cfg = cfg.optim_wrapper = cfg.param_scheduler = None
     preflight(cfg, splits=('test',))
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.register_hook(DataHook())

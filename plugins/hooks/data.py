@@ -30,16 +30,24 @@ def calibration_loader(runner: Runner, settings: HookSettings, samples: int) -> 
     make calibration random.
 
     Raises:
-        CalibrationError: if the config has no training data, or it is empty.
+        CalibrationError: if the config has no training data, or it is empty or missing.
     """
     # What the Runner was given, also where it was made without a config.
     given = runner._train_dataloader
     if given is None:
-        raise CalibrationError('there is no train_dataloader to take calibration images from')
+        raise CalibrationError(
+            'there is no train_dataloader to take calibration images from: name the training data in the config, or '
+            'measure a checkpoint that is quantized already'
+        )
     config = given if isinstance(given, dict) else {'batch_size': given.batch_size, 'collate_fn': given.collate_fn}
-    dataset = _dataset(given, runner._val_dataloader or runner._test_dataloader)
-    if hasattr(dataset, 'full_init'):
-        dataset.full_init()
+    try:
+        dataset = _dataset(given, runner._val_dataloader or runner._test_dataloader)
+        if hasattr(dataset, 'full_init'):
+            dataset.full_init()
+    except FileNotFoundError as error:
+        raise CalibrationError(
+            f'the training data to calibrate on is missing ({error}); say where it is with --cfg-options data_root=PATH'
+        ) from None
     if len(dataset) == 0:
         raise CalibrationError('the training data set is empty: there is nothing to calibrate on')
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed))

@@ -72,7 +72,7 @@ class Report:
             self.steps = read_steps(path)
 
     def saw(self, loader: DataLoader, samples: int) -> None:
-        """Note how many images calibration has, of all ranks together."""
+        """Note how many images calibration has read, of all ranks together: the first so many in a fixed order."""
         subset: Any = loader.dataset
         self._samples = max(self._samples or 0, min(samples, len(subset.dataset)))
 
