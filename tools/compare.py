@@ -16,7 +16,7 @@ from gplq.plugins.campaign_arguments import add_campaign_arguments, request_of
 from gplq.plugins.command_line import exit_on_error
 from gplq.plugins.matrix import plot, rows_of_runs, settings_of, write_csv
 from gplq.plugins.methods import METHODS
-from gplq.plugins.results import file_sha256, read_rows
+from gplq.plugins.results import file_sha256, rows_so_far
 from gplq.plugins.tables import render_table
 
 EXAMPLE = """example:
@@ -73,7 +73,7 @@ def main() -> None:
     print(f'Where the methods differ from the defaults:\n{settings}\n')
     failed = carry_out(runs, request.metrics, request.data_root, request.output)
 
-    rows = rows_of_runs(runs, read_rows(request.output), file_sha256(request.checkpoint))
+    rows = rows_of_runs(runs, rows_so_far(request.output), file_sha256(request.checkpoint))
     columns = ('interval', 'minutes', 'peak_memory_mb', 'calibration_samples', 'effective_bits', 'artifact_bytes')
     if not rows:
         raise_failures(failed)
