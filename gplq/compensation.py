@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gplq.batches import Forward, batch_size, bounded
 from gplq.column_statistics import ColumnStatistics
-from gplq.distributed import maximum, rank
+from gplq.distributed import everywhere, maximum, rank
 from gplq.journal import Journal
 from gplq.layers import CompensatedBlock, LinearCompensation, WeightView
 from gplq.least_squares import AffineFit, LinearFit
@@ -141,12 +141,6 @@ class _Fits(Generic[_Fit]):
     def __init__(self) -> None:
         self._fits: list[_Fit] = []
 
-    def _missing(self, device: torch.device) -> bool:
-        """Whether a rank has seen nothing; the others cannot pool without it."""
-        empty = torch.tensor(float(not self._fits), device=device)
-        maximum(empty)
-        return bool(empty)
-
     def start(self, make: Callable[[], _Fit]) -> None:
         """Make both, once sizes are known."""
         if not self._fits:
@@ -157,7 +151,8 @@ class _Fits(Generic[_Fit]):
 
     def pooled(self, name: str, device: torch.device) -> tuple[_Fit, _Fit] | None:
         """What to fit and what to judge by; None, said in the log, without samples for both."""
-        if self._missing(device):
+        # The others cannot pool without a rank that has seen nothing.
+        if not everywhere(bool(self._fits), device):
             _log.warning('%s: no batch reached it, it is not compensated', name)
             return None
         for fit in self._fits:

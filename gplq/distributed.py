@@ -12,6 +12,7 @@ from torch import Tensor, distributed
 from gplq.errors import CalibrationError, GPLQError
 
 __all__ = [
+    'everywhere',
     'failing_together',
     'from_first',
     'gather_columns',
@@ -64,6 +65,11 @@ def minimum(x: Tensor) -> Tensor:
 def maximum(x: Tensor) -> Tensor:
     """Largest over ranks, in place."""
     return _reduce(x, 'MAX')
+
+
+def everywhere(found: bool, device: torch.device) -> bool:
+    """Whether something holds on every rank."""
+    return bool(minimum(torch.tensor(float(found), device=device)))
 
 
 def gather_columns(matrix: Tensor) -> Tensor:

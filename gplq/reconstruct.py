@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -15,7 +14,7 @@ from torch.func import functional_call
 
 from gplq.batches import Forward
 from gplq.block_samples import BlockSample, BlockSamples, collect_blocks, copied
-from gplq.distributed import failing_together, minimum, world_size
+from gplq.distributed import everywhere, failing_together, world_size
 from gplq.distributed import total as total_of
 from gplq.errors import RecipeError, StageError
 from gplq.independent_copy import independent_copy
@@ -25,7 +24,7 @@ from gplq.plan import MapPlan
 from gplq.progress import Progress
 from gplq.quantizer import Quantizer
 from gplq.recipe import Recipe
-from gplq.record import floating_point, record_of, weight_views
+from gplq.record import as_meant, record_of, weight_views
 from gplq.rounding import note, recalled
 from gplq.sample_store import SampleStore
 from gplq.soft_rounding import SoftRounding
@@ -114,17 +113,14 @@ def reconstruct_blocks(
     samples = record.plan.recipe.calibration_samples
     for name in progress(list(by_block), 'reconstruct blocks'):
         views = [view for _, view in by_block[name]]
-        if journal is not None and all(journal.recall(f'reconstruct {view.name}') is not None for view in views):
-            for view in views:
-                recalled(journal, 'reconstruct', view)
+        if recalled(journal, f'reconstruct {name}', views):
             done |= {view.name for view in views}
             continue
         try:
             with SampleStore(settings.memory_mb) as store:
-                aim = nullcontext() if record.trained else floating_point(reference)
-                with aim, failing_together():
+                with as_meant(reference), failing_together():
                     found = collect_blocks(model, reference, name, batches, samples, forward, store, settings.seed)
-                if not _everywhere(len(found), next(model.parameters()).device):
+                if not everywhere(len(found) > 0, next(model.parameters()).device):
                     _log.warning('%s: no batch reached it, nothing is learned about it', name)
                     continue
                 before, after = _fit(model.get_submodule(name), by_block[name], found, settings, record.plan.recipe)
@@ -136,8 +132,7 @@ def reconstruct_blocks(
                 "nothing can be learned through it: set rounding='descent'"
             ) from error
         _log.info('%s: error of the output %.3g as rounded to nearest, %.3g as learned', name, before, after)
-        for view in views:
-            note(journal, 'reconstruct', view)
+        note(journal, f'reconstruct {name}', views)
         done |= {view.name for view in views}
     return frozenset(done)
 
@@ -250,11 +245,6 @@ def _learn(
 
 def _quantizers_of(block: nn.Module) -> list[Quantizer]:
     return [module for module in block.modules() if isinstance(module, Quantizer)]
-
-
-def _everywhere(count: int, device: torch.device) -> bool:
-    """Whether every rank has samples."""
-    return bool(minimum(torch.tensor(float(count), device=device)))
 
 
 def _mean(errors: list[float], device: torch.device) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -18,6 +18,7 @@ from gplq.quantizer import Quantizer
 __all__ = [
     'Record',
     'Stage',
+    'as_meant',
     'floating_point',
     'forget',
     'is_prepared',
@@ -169,3 +170,11 @@ def floating_point(model: nn.Module) -> Iterator[None]:
             quantizer.enabled = state
         for weight, state in zip(weights, learning, strict=True):
             weight.learning = state
+
+
+def as_meant(model: nn.Module) -> AbstractContextManager[None]:
+    """The model as it is meant to be before its weights are rounded.
+
+    That is in floating point, or with its activations quantized where they were trained to be.
+    """
+    return nullcontext() if record_of(model).trained else floating_point(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,27 +25,39 @@ __all__ = ['at_scales', 'nearest', 'note', 'once', 'recalled', 'round_view', 'we
 @torch.no_grad()
 def once(journal: Journal | None, step: str, view: WeightView, work: Callable[[], None]) -> None:
     """Do what changes one weight and its map, unless the journal knows how that ended."""
-    if not recalled(journal, step, view):
+    if not recalled(journal, f'{step} {view.name}', [view]):
         work()
-        note(journal, step, view)
+        note(journal, f'{step} {view.name}', [view])
 
 
 @torch.no_grad()
-def note(journal: Journal | None, step: str, view: WeightView) -> None:
-    """Write down how a step left one weight and its map."""
-    if journal is None:
-        return
-    own = {f'map.{key}': tensor for key, tensor in view.map.state_dict().items()}
-    corrected = torch.tensor(view.map.corrected)
-    journal.note(f'{step} {view.name}', {'weight': view.matrix(), 'corrected': corrected, **own})
+def note(journal: Journal | None, step: str, views: Sequence[WeightView]) -> None:
+    """Write down how a step left weights and their maps."""
+    if journal is not None:
+        states = (_state(view).items() for view in views)
+        journal.note(step, {f'{number}.{key}': t for number, state in enumerate(states) for key, t in state})
 
 
 @torch.no_grad()
-def recalled(journal: Journal | None, step: str, view: WeightView) -> bool:
-    """Bring one weight and its map to where a step left them; False where the journal does not know."""
-    known = None if journal is None else journal.recall(f'{step} {view.name}')
+def recalled(journal: Journal | None, step: str, views: Sequence[WeightView]) -> bool:
+    """Bring weights and their maps to where a step left them; False where the journal does not know."""
+    known = None if journal is None else journal.recall(step)
     if known is None:
         return False
+    for number, view in enumerate(views):
+        own = f'{number}.'
+        _restore(view, {key.removeprefix(own): t for key, t in known.items() if key.startswith(own)})
+    return True
+
+
+def _state(view: WeightView) -> dict[str, Tensor]:
+    """One weight and its map."""
+    own = {f'map.{key}': tensor for key, tensor in view.map.state_dict().items()}
+    return {'weight': view.matrix(), 'corrected': torch.tensor(view.map.corrected), **own}
+
+
+def _restore(view: WeightView, known: dict[str, Tensor]) -> None:
+    """Bring one weight and its map to a state."""
     view.write(known.pop('weight').to(view.matrix()))
     view.map.corrected = bool(known.pop('corrected'))
     if view.map.weight is not None:
@@ -53,7 +65,6 @@ def recalled(journal: Journal | None, step: str, view: WeightView) -> bool:
     view.map.load_state_dict({key.removeprefix('map.'): tensor for key, tensor in known.items()})
     if view.map.weight is not None:
         view.map.weight.enabled = True
-    return True
 
 
 @torch.no_grad()

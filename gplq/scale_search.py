@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -21,7 +20,7 @@ from gplq.output_error import Metric, OutputError, least
 from gplq.products import QuantizedProduct
 from gplq.progress import Progress, no_progress
 from gplq.quantizer import Quantizer
-from gplq.record import Stage, floating_point, named_products, record_of, weight_views
+from gplq.record import Stage, as_meant, named_products, record_of, weight_views
 from gplq.rounding import at_scales, weights_rounded
 from gplq.row_quantizer import RowQuantizer
 from gplq.sample_store import SampleStore
@@ -136,7 +135,7 @@ def search_scales(
             loss = None
         elif loss is None:
             loss = _objective(model, batches, search, forward)
-        with nullcontext() if trained else floating_point(model), failing_together():
+        with as_meant(model), failing_together():
             samples = collect_samples(
                 model,
                 batches,
@@ -237,8 +236,7 @@ def _weight_scales(
     def errors(metric: Metric) -> Tensor:
         error = OutputError(metric, len(ratios), (len(exact),), exact.device)
         # Each candidate has its matrix and its outputs.
-        room = max(search.share / 2, 12.0 * exact.numel())
-        count = max(1, int(room / (12.0 * exact.numel())))
+        count = max(1, int(search.share / 2 / (12.0 * exact.numel())))
         step = max(1, int(search.share / 2 / (12.0 * count * len(exact))))
         for first in range(0, len(ratios), count):
             matrices = at_scales(exact, column, WeightScales(scales[first : first + count], None), bits)

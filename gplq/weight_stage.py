@@ -22,7 +22,7 @@ from gplq.journal import Journal
 from gplq.layernorm_folding import fold_into_layernorms
 from gplq.progress import Progress, no_progress
 from gplq.reconstruct import Reconstruction, reconstruct_blocks
-from gplq.record import Stage, floating_point, named_quantizers, record_of, weight_views
+from gplq.record import Stage, as_meant, named_quantizers, record_of, weight_views
 from gplq.rounding import once, round_view
 from gplq.spec import FLOAT_BITS
 from gplq.trace import evaluating
@@ -92,8 +92,7 @@ def quantize_weights(
         if pending and batches is not None:
             if recipe.compensation != 'none':
                 reference = independent_copy(model)
-                if not record.trained:
-                    stack.enter_context(floating_point(reference))
+                stack.enter_context(as_meant(reference))
             if recipe.uses_statistics:
                 statistics = observe_columns(model, batches, forward, progress)
         learned: frozenset[str] = frozenset()

@@ -18,7 +18,7 @@ from gplq.plugins.comparison import Comparison, add_intervals
 from gplq.plugins.hooks.resume import find_resume_point
 from gplq.plugins.hooks.settings import HookSettings
 from gplq.plugins.json_files import read_json
-from gplq.plugins.logged_run import check_tool, run_logged
+from gplq.plugins.logged_run import alone, check_tool, run_logged
 from gplq.plugins.methods import VARIANTS
 from gplq.plugins.results import ResultError, append_row, file_sha256, rows_so_far
 from gplq.plugins.settings_hash import settings_hash
@@ -145,14 +145,14 @@ def carry_out(
 ) -> list[str]:
     """Make the runs whose rows are not in ``output``, then the intervals of their differences from FP32.
 
+    A run that fails does not keep the others from being made; one that was interrupted is resumed.
+
     Args:
         runs: as :func:`gplq.plugins.benchmark.plan_runs` gives them.
         metrics: whose figures become rows.
         data_root: where the data is.
         output: file of the rows, which are added to it.
         curves: file of further rows, one for each validation during a run; None keeps none.
-
-    A run that fails does not keep the others from being made; one that was interrupted is resumed.
 
     Returns:
         Of each run that failed, its folder with its last words and the place of its log.
@@ -180,7 +180,8 @@ def carry_out(
         try:
             if run.trained_by is not None and run.trained_by.work_dir in failed:
                 raise ResultError(f'the activation stage of {run.trained_by.work_dir} has failed')
-            _make(run, data_root, _identity(run, sha256, settings))
+            with alone(run.work_dir):
+                _make(run, data_root, _identity(run, sha256, settings))
             rows = rows_of(run, metrics, run.model or model_of_config(run.config, run.benchmark), settings)
         except ResultError as error:
             failed[run.work_dir] = str(error)
@@ -219,7 +220,6 @@ def _make(run: Run, data_root: str, identity: dict[str, str]) -> None:
     if _is(begun, identity) and find_resume_point(str(run.work_dir)):
         print('resumed')
         arguments.append('--resume')
-    run.work_dir.mkdir(parents=True, exist_ok=True)
     write_bytes_atomically(begun, json.dumps(identity).encode())
     run_logged(arguments, run.work_dir)
     write_bytes_atomically(mark, json.dumps(identity).encode())

@@ -15,7 +15,7 @@ from types import FrameType
 
 from gplq.plugins.results import ResultError
 
-__all__ = ['check_tool', 'run_logged']
+__all__ = ['alone', 'check_tool', 'run_logged']
 
 LOCK = '.lock'
 # Seconds that a program has to end by itself.
@@ -38,12 +38,10 @@ def run_logged(arguments: Sequence[str], work_dir: Path) -> None:
     It does not outlive this call: Ctrl-C and SIGTERM end it, and what it has started, before they end this process.
 
     Raises:
-        ResultError: it failed, where the message has its last words and the place of the log; or another process is at
-            work in the folder.
+        ResultError: it failed; the message has its last words and the place of the log.
     """
-    work_dir.mkdir(parents=True, exist_ok=True)
     log = work_dir / 'log.txt'
-    with _alone(work_dir), log.open('w') as file, _ended_by_sigterm():
+    with log.open('w') as file, _ended_by_sigterm():
         process = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = process.wait()
@@ -56,8 +54,13 @@ def run_logged(arguments: Sequence[str], work_dir: Path) -> None:
 
 
 @contextmanager
-def _alone(work_dir: Path) -> Iterator[None]:
-    """Let no other process of this kind work in the folder; the system lets go of it whatever happens."""
+def alone(work_dir: Path) -> Iterator[None]:
+    """Make a folder and let no other process of this kind work in it; the system lets go of it whatever happens.
+
+    Raises:
+        ResultError: another is at work there.
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
     with (work_dir / LOCK).open('w') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

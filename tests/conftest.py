@@ -89,3 +89,22 @@ def tiny_detector_config(shapes_root: Path, tmp_path: Path) -> Path:
     text = TINY_DETECTOR.format(base=base, root=str(shapes_root), classes=CLASSES, count=len(CLASSES))
     path.write_text(text, encoding='utf-8')
     return path
+
+
+@pytest.fixture
+def tiny_detector_checkpoint(tiny_detector_config: Path, tmp_path: Path) -> Path:
+    """Fresh FP32 weights of that detector, `fp32.pth` beside its config."""
+    import gplq.plugins.detection  # noqa: F401  isort: skip
+    import torch
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.config import Config
+    from mmengine.registry import init_default_scope
+
+    cfg = Config.fromfile(tiny_detector_config)
+    init_default_scope('mmdet')
+    register_all_modules()
+    torch.manual_seed(0)
+    path = tmp_path / 'fp32.pth'
+    torch.save({'state_dict': MODELS.build(cfg.model).state_dict()}, path)
+    return path

@@ -21,7 +21,7 @@ from gplq.plugins.campaign import config_of
 from gplq.plugins.command_line import option_value
 from gplq.plugins.comparison import Comparison, add_intervals
 from gplq.plugins.fgvc.classifier import TimmClassifier
-from gplq.plugins.logged_run import check_tool, run_logged
+from gplq.plugins.logged_run import alone, check_tool, run_logged
 from gplq.plugins.results import (
     ResultError,
     ResultRow,
@@ -163,7 +163,8 @@ def probe(probes: Sequence[Probe], benchmark: str, model: str, output: Path) -> 
         # What an earlier run left is not this one's.
         one.predictions.unlink(missing_ok=True)
         with measure() as cost:
-            run_logged([sys.executable, *one.command[1:]], one.work_dir)
+            with alone(one.work_dir):
+                run_logged([sys.executable, *one.command[1:]], one.work_dir)
         row = ResultRow(
             benchmark=benchmark,
             split=one.split,

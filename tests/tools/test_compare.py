@@ -9,13 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gplq.plugins.detection  # noqa: F401  isort: skip
 import pytest
-import torch
-from mmdet.registry import MODELS
-from mmdet.utils import register_all_modules
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
 
 from gplq.plugins.results import read_rows
 
@@ -30,13 +24,8 @@ val_dataloader = dict(dataset=dict(data_root='data'))
 
 
 @pytest.fixture
-def project(tiny_detector_config: Path, shapes_root: Path, tmp_path: Path) -> Path:
+def project(tiny_detector_config: Path, tiny_detector_checkpoint: Path, shapes_root: Path, tmp_path: Path) -> Path:
     """A folder with a config that has the two lines, data with a dev split, and an FP32 checkpoint."""
-    cfg = Config.fromfile(tiny_detector_config)
-    init_default_scope('mmdet')
-    register_all_modules()
-    torch.manual_seed(0)
-    torch.save({'state_dict': MODELS.build(cfg.model).state_dict()}, tmp_path / 'fp32.pth')
     (tmp_path / 'gplq_tiny.py').write_text(HOOK.format(base=tiny_detector_config))
     (tmp_path / 'data').mkdir()
     for entry in shapes_root.iterdir():

@@ -6,13 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gplq.plugins.detection  # noqa: F401  isort: skip
 import pytest
 import torch
-from mmdet.registry import MODELS
-from mmdet.utils import register_all_modules
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
 
 from gplq.plugins.json_files import read_json
 
@@ -31,12 +26,7 @@ default_hooks = dict(
 
 
 @pytest.fixture
-def config(tiny_detector_config: Path, tmp_path: Path) -> Path:
-    cfg = Config.fromfile(tiny_detector_config)
-    init_default_scope('mmdet')
-    register_all_modules()
-    torch.manual_seed(0)
-    torch.save({'state_dict': MODELS.build(cfg.model).state_dict()}, tmp_path / 'fp32.pth')
+def config(tiny_detector_config: Path, tiny_detector_checkpoint: Path, tmp_path: Path) -> Path:
     path = tmp_path / 'ptq4vit.py'
     path.write_text(HOOK.format(base=tiny_detector_config))
     return path

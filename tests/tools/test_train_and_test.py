@@ -12,10 +12,6 @@ import gplq.plugins.detection  # noqa: F401  isort: skip
 import mmdet
 import pytest
 import torch
-from mmdet.registry import MODELS
-from mmdet.utils import register_all_modules
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
 
 from gplq.plugins.results import read_rows
 
@@ -69,11 +65,9 @@ def test_train_resume_and_test(tiny_detector_config: Path, tmp_path: Path) -> No
     assert rows == {name: metrics(tmp_path / 'ours')[name] for name in ('coco/bbox_mAP', 'coco/segm_mAP')}
 
 
-def test_quantized_checkpoint_is_measured_under_the_fp32_config(tiny_detector_config: Path, tmp_path: Path) -> None:
-    cfg = Config.fromfile(tiny_detector_config)
-    init_default_scope('mmdet')
-    register_all_modules()
-    torch.save({'state_dict': MODELS.build(cfg.model).state_dict()}, tmp_path / 'fp32.pth')
+def test_quantized_checkpoint_is_measured_under_the_fp32_config(
+    tiny_detector_config: Path, tiny_detector_checkpoint: Path, tmp_path: Path
+) -> None:
     hook = [f'default_hooks.gplq.{key}' for key in ('type=gplq.plugins.GPLQHook', 'iterations=0', 'recipe.clips=[1.0]')]
     options = ['--work-dir', 'run', '--cfg-options', 'load_from=fp32.pth', *hook]
     done = run(TRAIN, tiny_detector_config, *options, cwd=tmp_path)
