@@ -34,6 +34,9 @@ __all__ = ['calibrate']
 
 _log = logging.getLogger(__name__)
 
+# What is kept of a linear layer's inputs: a thousandth of a channel's values is to be some of them.
+_VECTORS = {'min_max': 512, 'percentiles': 4096}
+
 
 def calibrate(
     model: nn.Module,
@@ -123,7 +126,7 @@ def _observing(model: nn.Module, recipe: Recipe) -> Iterator[None]:
         elif name not in vectors:
             quantizer.observer = make_observer(recipe.product_observer)
         elif quantizer.spec.granularity == 'channel':
-            quantizer.observer = VectorObserver()
+            quantizer.observer = VectorObserver(_VECTORS[recipe.channel_ranges])
         else:
             quantizer.observer = make_observer(recipe.linear_observer)
     try:
@@ -146,7 +149,8 @@ def _settle_input(
     if not isinstance(observer, VectorObserver):
         _settle(quantizer, spec, observer, samples)
         return
-    found = search_input_scale(observer.vectors(), observer.seen, view.matrix().float(), spec, plan.weight_bits, recipe)
+    ranges = observer.seen if recipe.channel_ranges == 'min_max' else observer.percentiles(spec)
+    found = search_input_scale(observer.vectors(), ranges, view.matrix().float(), spec, plan.weight_bits, recipe)
     _log.debug('%s: exponent %g, clip %g, balanced %s', name, found.exponent, found.clip, found.balanced)
     quantizer.initialize(found.scale, found.offset, signed=bool(spec.signed), elements=observer.elements / samples)
 

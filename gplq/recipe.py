@@ -36,6 +36,7 @@ WeightScheme = Literal['percentile', 'percentile_asymmetric', 'mse', 'min_max', 
 Compensation = Literal['none', 'qwt', 'ridge', 'erq', 'affine']
 TrainedSteps = Literal['lsq', 'norm', 'statistics']
 AttentionMap = Literal['row', 'uniform', 'twin_uniform', 'log_sqrt2']
+ChannelRanges = Literal['min_max', 'percentiles']
 GeluOutput = Literal['signed', 'unsigned_offset', 'twin_uniform']
 
 
@@ -56,6 +57,8 @@ class Recipe:
             ``'post_norm'``: a channel where the input is a LayerNorm's very output, else a tensor.
         input_offset: codes of linear inputs without sign, with an offset, which ends up in the layer's bias; else their
             range is the same on both sides of zero, or starts there.
+        channel_ranges: of the channels of linear inputs: all that was seen, or of three ranges between percentiles that
+            of least squared error, a channel its own (RepQ-ViT).
         exponents: candidates for alpha in ``scale_c ~ range_c ** alpha``; ``(1.0,)`` is the plain per-channel
             scale, ``(0.0,)`` one scale for all channels in a vector. Searched a layer when there are several.
         clips: candidates for the share of the range that is represented, searched with the exponents.
@@ -93,6 +96,7 @@ class Recipe:
     skip: tuple[str, ...] = ()
     linear_input: Literal['channel', 'tensor', 'post_norm'] = 'channel'
     input_offset: bool = True
+    channel_ranges: ChannelRanges = 'min_max'
     exponents: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     clips: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
     balance: bool = True
@@ -235,6 +239,7 @@ class Recipe:
         chosen: dict[str, Any] = {
             'linear_input': 'post_norm',
             'input_offset': True,
+            'channel_ranges': 'percentiles',
             'exponents': (1.0,),
             'clips': (1.0,),
             'balance': False,

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from gplq.functional import fake_quantize
+from gplq.quantiles import PERCENTILES, row_quantiles
 from gplq.single_precision import SinglePrecision
 from gplq.spec import QuantizerSpec
 
 __all__ = ['WeightQuantizer', 'WeightScales', 'choose_weight_scales', 'restore_weight', 'round_weight']
 
-# RepQ-ViT's three candidates; the paper's percentile quantizer takes the first.
-PERCENTILES = (0.999, 0.9999, 0.99999)
 MSE_RATIOS: tuple[float, ...] = tuple(torch.linspace(1.0, 0.3, 36).tolist())
 
 
@@ -66,9 +65,10 @@ def choose_weight_scales(
     if scheme == 'min_max':
         return _symmetric(weight.abs().amax(dim=1), bits)
     if scheme == 'percentile':
-        return _symmetric(_row_quantile(weight.abs(), PERCENTILES[0]), bits)
+        # GPLQ names none; this is the first of RepQ-ViT's three.
+        return _symmetric(row_quantiles(weight.abs(), PERCENTILES[0])[0], bits)
     if scheme == 'percentile_asymmetric':
-        candidates = [_asymmetric(_row_quantile(weight, 1 - p), _row_quantile(weight, p), bits) for p in PERCENTILES]
+        candidates = [_between(weight, share, bits) for share in PERCENTILES]
     else:
         largest = weight.abs().amax(dim=1)
         candidates = [_symmetric(largest * ratio, bits) for ratio in ratios]
@@ -96,15 +96,16 @@ def _symmetric(largest: Tensor, bits: int) -> WeightScales:
     return WeightScales(torch.where(scale > 0, scale, torch.ones_like(scale)), None)
 
 
+def _between(weight: Tensor, share: float, bits: int) -> WeightScales:
+    low, high = row_quantiles(weight, 1 - share, share)
+    return _asymmetric(low, high, bits)
+
+
 def _asymmetric(low: Tensor, high: Tensor, bits: int) -> WeightScales:
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low) / (2**bits - 1)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return WeightScales(scale, (-low / scale).round())
-
-
-def _row_quantile(weight: Tensor, p: float) -> Tensor:
-    return torch.quantile(weight, p, dim=1)
 
 
 def _relative(column_scale: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gplq.functional import dequantize, quantize
 from gplq.observers.base import Observer, Range, scale_from_range
+from gplq.observers.least_error import least_error
 from gplq.observers.samples import ColumnSample
 from gplq.spec import QuantizerSpec
 
@@ -36,18 +36,5 @@ class MSEObserver(Observer):
 
     def propose(self, spec: QuantizerSpec) -> tuple[Tensor, Tensor | None]:
         low, high = self.seen
-        values = self.values()
-        best_scale, best_offset = scale_from_range(low, high, spec)
-        least = torch.full_like(low, torch.inf)
-        for ratio in self.ratios:
-            scale, offset = scale_from_range(low * ratio, high * ratio, spec)
-            step = scale[:, None]
-            shift = None if offset is None else offset[:, None]
-            restored = dequantize(quantize(values, step, spec.qmin, spec.qmax, shift), step, shift)
-            error = (restored - values).square().mean(dim=1)
-            better = error < least
-            least = torch.where(better, error, least)
-            best_scale = torch.where(better, scale, best_scale)
-            if offset is not None and best_offset is not None:
-                best_offset = torch.where(better, offset, best_offset)
-        return best_scale, best_offset
+        shrunk = (Range(low * ratio, high * ratio) for ratio in self.ratios)
+        return scale_from_range(*least_error(self.values(), shrunk, spec), spec)

@@ -8,6 +8,7 @@ from torch import Tensor
 from gplq.errors import RecipeError
 from gplq.observers.base import Observer, Range
 from gplq.observers.samples import ColumnSample
+from gplq.quantiles import row_quantiles
 
 __all__ = ['PercentileObserver']
 
@@ -29,6 +30,5 @@ class PercentileObserver(Observer):
         self._sample.pool(groups, device)
 
     def range(self) -> Range:
-        quantiles = torch.tensor([1 - self.percentile, self.percentile], device=self.seen.low.device)
-        low, high = torch.quantile(self._sample.matrix(), quantiles, dim=1)
+        low, high = row_quantiles(self._sample.matrix(), 1 - self.percentile, self.percentile)
         return Range(low, high)

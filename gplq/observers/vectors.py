@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from gplq.observers.base import Observer, Range
+from gplq.observers.least_error import least_error
 from gplq.observers.samples import ColumnSample
+from gplq.quantiles import PERCENTILES, row_quantiles
+from gplq.spec import QuantizerSpec
 
 __all__ = ['VectorObserver']
 
@@ -26,6 +29,12 @@ class VectorObserver(Observer):
 
     def range(self) -> Range:
         return self.seen
+
+    def percentiles(self, spec: QuantizerSpec) -> Range:
+        """Of each channel the range between percentiles that costs least at ``spec`` (RepQ-ViT's released code)."""
+        channels = self._sample.matrix()
+        ranges = (row_quantiles(channels, 1 - share, share) for share in PERCENTILES)
+        return least_error(channels, (Range(low, high) for low, high in ranges), spec)
 
     def vectors(self) -> Tensor:
         """``(vectors, channels)``."""

@@ -13,9 +13,11 @@ from gplq.observers import (
     MinMaxObserver,
     MSEObserver,
     PercentileObserver,
+    Range,
     make_observer,
     scale_from_range,
 )
+from gplq.observers.least_error import least_error
 from gplq.observers.samples import ColumnSample
 from gplq.observers.vectors import VectorObserver
 from gplq.spec import QuantizerSpec
@@ -171,3 +173,28 @@ def test_vectors_of_a_layer() -> None:
     observer.observe(x.t())
     found = observer.vectors()
     assert sorted(found.tolist()) == sorted(x.tolist())
+
+
+def test_the_range_that_costs_least_is_each_rows_own() -> None:
+    """Two bits without sign: the codes of 0 to 3 represent the first row, those of 0, 1/2, 1, 3/2 the second."""
+    values = torch.tensor([[1.0, 2.0, 3.0], [0.5, 1.0, 1.5]])
+    both = torch.ones(2)
+    ranges = [Range(0 * both, 3 * both), Range(0 * both, 1.5 * both)]
+    found = least_error(values, ranges, QuantizerSpec(2, signed=False))
+    assert found.high.tolist() == [3.0, 1.5]
+
+
+def test_percentiles_leave_out_what_is_alone() -> None:
+    """One value of 4,000 that costs every other a coarse step is clipped, in its channel only."""
+    spec = QuantizerSpec(2, signed=False, offset=True)
+    even = torch.linspace(-1, 1, 4000)
+    outlier = even.clone()
+    outlier[7] = 20.0
+    observer = VectorObserver(limit=4096)
+    observer.observe(torch.stack([even, outlier]))
+    low, high = observer.percentiles(spec)
+    assert torch.allclose(low, torch.tensor(-1.0), atol=2e-3)
+    assert torch.allclose(high, torch.tensor(1.0), atol=2e-3)
+    assert observer.seen.high.tolist() == [1.0, 20.0]
+    # At eight bits the step matters less than the one that is cut off.
+    assert observer.percentiles(QuantizerSpec(8, signed=False, offset=True)).high[1] > 10

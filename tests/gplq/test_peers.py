@@ -72,6 +72,18 @@ def test_repq_vit_has_offsets_and_a_scale_a_channel_behind_norms(toy_vit: Make, 
     assert error(model, toy_vit, images) < 0.5
 
 
+def test_repq_vit_clips_channels_one_by_one(toy_vit: Make, images: Tensor) -> None:
+    """The released code's three percentiles, which GPLQ's search over whole ranges does not have."""
+    scales = {}
+    for ranges in ('min_max', 'percentiles'):
+        model = quantized('repq_vit', 4, toy_vit, images, channel_ranges=ranges, fold_layernorm=False)
+        quantizer = model.get_submodule('blocks.0.fc1').quantization.input
+        scales[ranges] = quantizer.scale
+    shares = scales['percentiles'] / scales['min_max']
+    assert float(shares.max()) <= 1 + 1e-6
+    assert len(shares.unique()) > 1
+
+
 def test_repq_vits_reparametrization_leaves_the_function_as_it_was(toy_vit: Make, images: Tensor) -> None:
     """Scales a channel divide LayerNorms and multiply the weights behind them: without rounding nothing changes."""
     outputs = []
