@@ -17,5 +17,5 @@ _VALUES = 2**22
 def row_quantiles(matrix: Tensor, *shares: float) -> tuple[Tensor, ...]:
     """The quantile of each row at each share, with linear interpolation: tensors of shape ``(rows,)``."""
     wanted = torch.tensor(shares, device=matrix.device, dtype=matrix.dtype)
-    parts = matrix.split(max(1, _VALUES // matrix.shape[1]))
+    parts = torch.split(matrix, max(1, _VALUES // matrix.shape[1]))
     return tuple(torch.cat([torch.quantile(part, wanted, dim=1) for part in parts], dim=1))

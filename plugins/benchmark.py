@@ -15,7 +15,7 @@ from typing import Any
 from gplq.errors import RecipeError
 from gplq.plugins.hooks.curve import CURVE, read_curve
 from gplq.plugins.hooks.report import STEPS, minutes_up_to, read_steps
-from gplq.plugins.methods import FLOATING, METHODS, VARIANTS
+from gplq.plugins.methods import FLOATING, METHODS, VARIANTS, variants_of
 from gplq.plugins.results import ResultError, ResultRow, commit, file_sha256, versions
 from gplq.recipe import WEIGHT_STAGE_FIELDS, Recipe
 
@@ -152,7 +152,7 @@ def plan_runs(
     task: str = 'detection',
     model: str = '',
 ) -> Iterator[Run]:
-    """Every run once: FP32 and its control know no bits, variants are GPLQ's, and FP32 knows no seed.
+    """Every run once: FP32 and its control know no bits, variants are GPLQ's or PTQ4ViT's, and FP32 knows no seed.
 
     Runs of GPLQ that differ in the weight stage alone share the activation stage of the first of them.
 
@@ -172,13 +172,13 @@ def plan_runs(
     for seed in seeds:
         for method in methods:
             for pair in bits if method not in FLOATING else ((32, 32),):
-                for variant in variants if method == 'gplq' else ('',):
+                for variant in variants_of(method, variants):
                     if method == 'fp32' and seed != seeds[0]:
                         continue
                     # The same command whatever the seeds, so that a later call finds it done.
                     run_seed = 0 if method == 'fp32' else seed
                     width = f'w{pair[0]}' if pair[0] == pair[1] else f'w{pair[0]}a{pair[1]}'
-                    label = re.sub(r"[ ']+", '_', variant)
+                    label = re.sub(r"[ ',]+", '_', variant)
                     name = '_'.join(filter(None, (method, width, label, slug, f's{run_seed}')))
                     run = Run(
                         benchmark,
@@ -203,8 +203,8 @@ def plan_runs(
 
 def _check_options(options: dict[str, str], methods: Sequence[str], variants: Sequence[str]) -> None:
     chosen = {f'--methods {name}': METHODS[name] for name in methods}
-    if 'gplq' in methods:
-        chosen |= {f'--variants {name!r}': VARIANTS[name] for name in variants}
+    own = [name for method in methods for name in variants_of(method, variants)]
+    chosen |= {f'--variants {name!r}': VARIANTS[name] for name in own}
     for key in options:
         if key.rpartition('.')[2] in OWN:
             raise ResultError(f'{key} is no option: --bits, --seeds, --methods, --split and CHECKPOINT set it')

@@ -19,7 +19,7 @@ from gplq.plugins.hooks.resume import find_resume_point
 from gplq.plugins.hooks.settings import HookSettings
 from gplq.plugins.json_files import read_json
 from gplq.plugins.logged_run import alone, check_tool, run_logged
-from gplq.plugins.methods import VARIANTS
+from gplq.plugins.methods import METHODS, VARIANTS, variants_of
 from gplq.plugins.results import ResultError, append_row, file_sha256, rows_so_far
 from gplq.plugins.settings_hash import settings_hash
 from gplq.plugins.type_name import type_name
@@ -97,12 +97,15 @@ def check_hook(cfg: Config, config: str) -> None:
         )
 
 
-def check_variants(cfg: Config, config: str, variants: Sequence[str], options: Mapping[str, str]) -> None:
+def check_variants(
+    cfg: Config, config: str, methods: Sequence[str], variants: Sequence[str], options: Mapping[str, str]
+) -> None:
     """Refuse a variant under whose name the settings of the config itself would be measured.
 
     Args:
         cfg: with the two lines.
         config: its name.
+        methods: names in :data:`gplq.plugins.methods.METHODS`.
         variants: names in :data:`gplq.plugins.methods.VARIANTS`.
         options: the user's, which are set in every run.
 
@@ -125,9 +128,11 @@ def check_variants(cfg: Config, config: str, variants: Sequence[str], options: M
         hook = chosen.default_hooks.gplq.to_dict()
         return HookSettings.from_config(**{key: hook[key] for key in hook if key not in ('type', 'priority')})
 
-    for variant in variants:
-        if VARIANTS[variant] and settings(**VARIANTS[variant]) == settings():
-            raise ResultError(f'--variants {variant!r}: {config} has these settings already; leave it out')
+    for method in methods:
+        for variant in filter(VARIANTS.get, variants_of(method, variants)):
+            plain = METHODS[method]
+            if settings(**plain, **VARIANTS[variant]) == settings(**plain):
+                raise ResultError(f'--variants {variant!r}: {config} has these settings already; leave it out')
 
 
 def metrics_of(task: str) -> list[str]:

@@ -39,8 +39,7 @@ class Request:
         Raises:
             ResultError: a variant changes nothing, or an option is none.
         """
-        if 'gplq' in methods:
-            check_variants(read(self.config), self.config, variants, self.options)
+        check_variants(read(self.config), self.config, methods, variants, self.options)
         return list(
             plan_runs(
                 self.name,

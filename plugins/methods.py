@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ['FLOATING', 'METHODS', 'ROW', 'VARIANTS']
+__all__ = ['FLOATING', 'METHODS', 'ROW', 'VARIANTS', 'variants_of']
 
 METHODS: dict[str, dict[str, Any]] = {
     'fp32': {'weight_bits': 32, 'activation_bits': 32, 'iterations': 0},
@@ -23,7 +24,16 @@ FLOATING = {'fp32': 'FP32', 'fp32_control': 'FP32 control'}
 # What every table has.
 ROW = ('fp32', 'fp32_control', 'gplq', 'rtn')
 
-# What differs from the hook's own settings, in the order of tables.
+_UNIFORM = {'recipe.gelu_output': 'signed', 'recipe.attention_map': 'uniform'}
+# PTQ4ViT's ablations: what weighs an output's error, with and without twin uniform quantization.
+_SEARCHES: dict[str, dict[str, Any]] = {
+    **{metric: {'search.metric': metric} for metric in ('mse', 'cosine')},
+    'uniform': _UNIFORM,
+    **{f'uniform, {metric}': {**_UNIFORM, 'search.metric': metric} for metric in ('mse', 'cosine')},
+    **{objective: {'search.objective': objective} for objective in ('quantized_kl', 'perturbation')},
+}
+
+# What differs from the hook's own settings, in the order of tables: of GPLQ, and behind these of PTQ4ViT.
 VARIANTS: dict[str, dict[str, Any]] = {
     '': {},
     'folded': {'recipe.exponents': [1.0], 'recipe.balance': False},
@@ -52,4 +62,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         'recipe.rounding': 'nearest',
         'recipe.compensation': 'qwt',
     },
+    **_SEARCHES,
 }
+
+
+def variants_of(method: str, variants: Sequence[str]) -> list[str]:
+    """Those of the variants that are the method's own, or ``''``, its settings as they are, if none is."""
+    own = {'gplq': VARIANTS.keys() - _SEARCHES.keys(), 'ptq4vit': {'', *_SEARCHES}}.get(method, {''})
+    return [name for name in variants if name in own] or ['']

@@ -15,7 +15,7 @@ from pathlib import Path
 from gplq.plugins.campaign import carry_out, raise_failures
 from gplq.plugins.campaign_arguments import add_campaign_arguments, request_of
 from gplq.plugins.command_line import exit_on_error
-from gplq.plugins.methods import METHODS, ROW, VARIANTS
+from gplq.plugins.methods import METHODS, ROW, VARIANTS, variants_of
 
 EXAMPLE = """example:
   GPLQ_DATA_ROOT=data/bccd python tools/benchmark.py configs/gplq_faster_rcnn_vit-tiny_bccd.py bccd_vit.pth \\
@@ -41,7 +41,8 @@ def parse_args() -> argparse.Namespace:
         choices=VARIANTS,
         default=[''],
         metavar='VARIANT',
-        help=f"{_choices(VARIANTS)}; '' is the hook as it is (default: '')",
+        help=f"{_choices(VARIANTS)}; '' is the hook as it is (default: ''); "
+        f"{_choices(variants_of('ptq4vit', [*VARIANTS]))} are PTQ4ViT's, the others GPLQ's",
     )
     parser.add_argument('--curves', type=Path, help='also keep rows of the validations during each run, in this file')
     return parser.parse_args()

@@ -24,6 +24,20 @@ def test_fp32_runs_once_its_control_once_a_seed_and_variants_are_ours(make_runs:
     assert len({run.work_dir for run in runs}) == len({run.text for run in runs}) == len(runs)
 
 
+def test_a_variant_belongs_to_its_method_and_a_method_without_one_runs_as_it_is(
+    make_runs: Callable[..., list[Run]],
+) -> None:
+    runs = make_runs(['rtn', 'gplq', 'ptq4vit'], [6], [0], ['folded', 'uniform, mse'])
+    assert [(run.method, run.variant) for run in runs] == [
+        ('rtn', ''),
+        ('gplq', 'folded'),
+        ('ptq4vit', 'uniform, mse'),
+    ]
+    assert runs[-1].work_dir.name == 'ptq4vit_w6_uniform_mse_s0'
+    assert 'default_hooks.gplq.search.metric=mse' in runs[-1].command
+    assert [run.variant for run in make_runs(['gplq', 'ptq4vit'], [6], [0], ['cosine'])] == ['', 'cosine']
+
+
 def test_command_carries_bits_seed_split_variant_and_the_users_options_last(
     make_runs: Callable[..., list[Run]],
 ) -> None:
