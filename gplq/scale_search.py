@@ -37,6 +37,10 @@ __all__ = ['ScaleSearch', 'search_scales']
 _log = logging.getLogger(__name__)
 
 
+# What the inner caches of a processor hold: several times faster than one call over all candidates.
+_CACHED = 2**22
+
+
 @dataclass(frozen=True)
 class ScaleSearch:
     """Settings of the search (PTQ4ViT sec. 3.3 and its released code).
@@ -44,7 +48,8 @@ class ScaleSearch:
     Attributes:
         metric: of the output's error.
         objective: whose gradients weigh it, see :mod:`gplq.objectives`; a task's own loss takes its place.
-        rounds: how often weight and activation, or both operands of a product, take turns.
+        rounds: how often weight and activation, or both operands of a product, take turns, at most: none would find
+            anything else once one has been left as it was.
         candidates: scales that are tried for each in a turn, evenly from ``smallest`` to ``largest``; quantizers of two
             parts have candidates of their own (:func:`gplq.two_part.candidates`).
         smallest: as a share of the scale that represents the largest value.
@@ -93,6 +98,10 @@ class ScaleSearch:
     def share(self) -> float:
         """Bytes of a quarter of the budget."""
         return self.memory_mb * 2**18
+
+    def at_once(self, device: torch.device) -> float:
+        """Bytes of candidates that are worked on at once: on a CPU no more than stays in its caches."""
+        return min(self.share, _CACHED) if device.type == 'cpu' else self.share
 
 
 def search_scales(
@@ -219,7 +228,9 @@ def _search_layer(view: WeightView, bits: int, groups: list[list[Tensor]], searc
         if trained or quantizer is None or not quantizer.enabled:
             return
         before = quantizer.scale.detach().clone()
-        _choose(quantizer, [SiteCall(x, rounded.t(), True, target, weight)], search, shared=True)
+        moved = _choose(quantizer, [SiteCall(x, rounded.t(), True, target, weight)], search, shared=True)
+        if not moved:
+            return
         if own is not None and own.folded:
             # Scales of folded weights: one factor for all columns, so the weight itself stays as it was rounded.
             own.scale.mul_((quantizer.scale / before).detach().reshape(-1)[0])
@@ -236,8 +247,9 @@ def _weight_scales(
     def errors(metric: Metric) -> Tensor:
         error = OutputError(metric, len(ratios), (len(exact),), exact.device)
         # Each candidate has its matrix and its outputs.
-        count = max(1, int(search.share / 2 / (12.0 * exact.numel())))
-        step = max(1, int(search.share / 2 / (12.0 * count * len(exact))))
+        room = search.at_once(exact.device) / 2
+        count = max(1, int(room / (12.0 * exact.numel())))
+        step = max(1, int(room / (12.0 * count * len(exact))))
         for first in range(0, len(ratios), count):
             matrices = at_scales(exact, column, WeightScales(scales[first : first + count], None), bits)
             for start in range(0, len(found), step):
@@ -255,12 +267,19 @@ def _search_product(product: QuantizedProduct, groups: list[list[Tensor]], searc
     for _ in range(search.rounds):
         if left.enabled:
             _choose(left, [SiteCall(x, right(z), True, y, slope.square()) for x, z, y, slope in groups], search)
-        if right.enabled:
-            _choose(right, [SiteCall(z, left(x), False, y, slope.square()) for x, z, y, slope in groups], search)
+        if not right.enabled:
+            return
+        calls = [SiteCall(z, left(x), False, y, slope.square()) for x, z, y, slope in groups]
+        if not _choose(right, calls, search):
+            return
 
 
-def _choose(quantizer: Quantizer, calls: Sequence[SiteCall], search: ScaleSearch, *, shared: bool = False) -> None:
+def _choose(quantizer: Quantizer, calls: Sequence[SiteCall], search: ScaleSearch, *, shared: bool = False) -> bool:
     """Give a quantizer the candidate of least error: a head or output column each its own, or one for all.
+
+    Returns:
+        Whether that is another than it had. Where it is not, what has the next turn was found beside it already, and
+        further rounds would repeat the last.
 
     Args:
         quantizer: calibrated.
@@ -270,7 +289,8 @@ def _choose(quantizer: Quantizer, calls: Sequence[SiteCall], search: ScaleSearch
     """
     if quantizer.offset is not None or isinstance(quantizer, RowQuantizer):
         # Its steps lie where calibration put them: another scale would move them all, or clip each row's largest value.
-        return
+        return False
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
     low, high = _ends(quantizer, calls)
     trials = trials_of(quantizer, low, high, search.ratios, shared)
     shape = (1,) if shared else quantizer.shape
@@ -278,9 +298,10 @@ def _choose(quantizer: Quantizer, calls: Sequence[SiteCall], search: ScaleSearch
 
     def errors(metric: Metric) -> Tensor:
         error = OutputError(metric, total, shape, low.device)
+        room = search.at_once(low.device)
         for call in calls:
-            for piece in call.pieces(search.share, quantizer.merged_heads):
-                count = max(1, int(search.share / piece.cost))
+            for piece in call.pieces(room, quantizer.merged_heads):
+                count = max(1, int(room / piece.cost))
                 target, weight = (quantizer.split_heads(x) for x in (piece.target, piece.weight))
                 for first in range(0, total, count):
                     found = piece.output(trials.round(quantizer, piece.values, first, count))
@@ -289,6 +310,7 @@ def _choose(quantizer: Quantizer, calls: Sequence[SiteCall], search: ScaleSearch
         return error.total()
 
     trials.settle(quantizer, least(errors, search.metric, trials.ratios))
+    return any(not torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
 
 
 def _ends(quantizer: Quantizer, calls: Sequence[SiteCall]) -> tuple[Tensor, Tensor]:

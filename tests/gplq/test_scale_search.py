@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gplq
+from gplq import scale_search
 from gplq.errors import CalibrationError, RecipeError, StageError
 from gplq.objectives import fisher, perturbed_kl, quantized_kl
 from gplq.output_error import OutputError
@@ -564,3 +566,26 @@ def test_what_cannot_be_searched(toy_vit: Make, images: Tensor) -> None:
         search_scales(model, [images], search=SMALL, loss=lambda m, batch: m(batch).sum() * float('nan'))
     with pytest.raises(CalibrationError, match='does not depend on what is quantized'):
         search_scales(model, [images], search=SMALL, loss=lambda m, batch: m(batch).detach().sum())
+
+
+def test_rounds_end_where_a_turn_changes_nothing(
+    toy_vit: Make, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What more rounds would repeat is left out, and the scales are those of all rounds."""
+    choose = scale_search._choose
+    found: list[tuple[int, list[Tensor]]] = []
+    for repeats in (False, True):
+        turns = []
+
+        def turn(*args: Any, repeats: bool = repeats, turns: list[int] = turns, **settings: Any) -> bool:
+            turns.append(1)
+            return choose(*args, **settings) or repeats
+
+        monkeypatch.setattr(scale_search, '_choose', turn)
+        model = calibrated(toy_vit, images)
+        search_scales(model, [images], search=ScaleSearch(rounds=12, candidates=10, images=4))
+        gplq.quantize_weights(model)
+        found.append((len(turns), list(model.state_dict().values())))
+    (few, short), (many, whole) = found
+    assert few < many
+    assert all(torch.equal(*pair) for pair in zip(short, whole, strict=True))
