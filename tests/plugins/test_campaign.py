@@ -186,7 +186,9 @@ assert sys.argv[-1] == '--resume', sys.argv
 sys.argv.pop()
 """
 CARRY_OUT = """
-import sys
+import signal, sys
+# A shell's background jobs ignore Ctrl-C, and so would a child of tests that are one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from gplq.plugins.benchmark import plan_runs
 from gplq.plugins.campaign import carry_out
