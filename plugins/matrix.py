@@ -38,7 +38,7 @@ def settings_of(config: str, method: str, options: dict[str, str], variant: str 
     if not isinstance(cfg.default_hooks.gplq, dict):
         raise ResultError(f'--options leaves default_hooks.gplq={cfg.default_hooks.gplq!r}, which is no hook')
     cfg.merge_from_dict({f'{HOOK}{name}': value for name, value in VARIANTS[variant].items()})
-    hook = {name: value for name, value in cfg.default_hooks.gplq.to_dict().items() if name != 'type'}
+    hook = {name: value for name, value in cfg.to_dict()['default_hooks']['gplq'].items() if name != 'type'}
     settings = HookSettings.from_config(**(hook | METHODS[method]))
     found: dict[str, Any] = _differences(settings.recipe, Recipe(), '')
     if settings.recipe.rounding == 'reconstruct':

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypedDict, get_type_hints
@@ -17,7 +17,7 @@ from gplq.typecheck import check_types
 
 __all__ = ['HookSettings']
 
-METHODS = {
+METHODS: dict[str, Callable[..., Recipe]] = {
     'gplq': Recipe.gplq,
     'paper': Recipe.paper,
     'rtn': Recipe.rtn,
