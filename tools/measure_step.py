@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,15 @@ from gplq.activation_stage import parameter_groups
 from gplq.errors import GPLQError
 from gplq.plugins.allocated import watch_allocated
 from gplq.plugins.amp import computes_bfloat16
-from gplq.plugins.campaign import check_hook
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
 from gplq.plugins.hooks import ActivationQATHook
+from gplq.plugins.hooks.data_hook import check_batches
 from gplq.plugins.hooks.loss_term import LossTerm
 from gplq.plugins.hooks.settings import HookSettings
 from gplq.plugins.hooks.teacher import make_mimicking
 from gplq.plugins.paired_timing import WARM_UP, time_in_turn
-from gplq.plugins.preflight import preflight
 from gplq.plugins.results import ResultRow, append_figures, commit, file_sha256, measure, repeat_command, versions
+from gplq.plugins.without_hook import without_hook
 
 EXAMPLE = """example:
   GPLQ_DATA_ROOT=data/nuclei python tools/measure_step.py configs/gplq_mask_rcnn_vit-tiny_nuclei.py \\
@@ -68,7 +69,7 @@ def step_of(cfg: Config, method: str) -> Iterator[Callable[[Any], None]]:
     groups: list[dict[str, Any]] = [{'params': list(model.parameters())}]
     with ExitStack() as stack:
         if method == 'gplq':
-            hook = ActivationQATHook(**{k: v for k, v in cfg.gplq_settings.items() if k != 'type'})
+            hook = ActivationQATHook(**cfg.gplq_settings)
             settings = hook.settings = _of_a_batch(hook.settings, cfg.train_dataloader.batch_size)
             hook.prepare(runner, model)
             if settings.stage.mimicking_weight:
@@ -100,8 +101,9 @@ def _of_a_batch(settings: HookSettings, images: int) -> HookSettings:
 def batches(cfg: Config, count: int) -> list[Any]:
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     loader = Runner.build_dataloader(copy.deepcopy(cfg.train_dataloader), seed=0)
-    iterator = iter(loader)
-    return [next(iterator) for _ in range(count)]
+    check_batches(loader)
+    # A small data set gives fewer in an epoch.
+    return list(islice(chain.from_iterable(repeat(loader)), count))
 
 
 def peak_memory(cfg: Config, method: str) -> tuple[float, float | None]:
@@ -124,12 +126,7 @@ def precision(cfg: Config) -> str:
 
 def main() -> None:
     args = parse_args()
-    cfg = read_config(args)
-    check_hook(cfg, args.config)
-    preflight(cfg)
-    if not cfg.get('load_from'):
-        raise GPLQError(f'{args.config} names no FP32 checkpoint: --cfg-options load_from=PATH')
-    cfg = _without_hook(cfg)
+    cfg = without_hook(read_config(args), args.config, 'measure_step')
     if args.only:
         print('PEAK ' + json.dumps(peak_memory(cfg, args.only)))
         return
@@ -180,17 +177,6 @@ def _row(args: argparse.Namespace, cfg: Config, method: str, process: float) -> 
         versions=versions(),
         variant=precision(cfg),
     )
-
-
-def _without_hook(cfg: Config) -> Config:
-    """The config for a Runner: the hook's settings are read, the hook itself would train."""
-    copied = copy.deepcopy(cfg)
-    hook = copied.default_hooks.pop('gplq')
-    copied.work_dir = str(Path(copied.work_dir, 'measure_step'))
-    copied.gplq_settings = hook
-    copied.train_dataloader.persistent_workers = False
-    copied.train_dataloader.num_workers = 0
-    return copied
 
 
 if __name__ == '__main__':
