@@ -228,8 +228,7 @@ def _search_layer(view: WeightView, bits: int, groups: list[list[Tensor]], searc
         if trained or quantizer is None or not quantizer.enabled:
             return
         before = quantizer.scale.detach().clone()
-        moved = _choose(quantizer, [SiteCall(x, rounded.t(), True, target, weight)], search, shared=True)
-        if not moved:
+        if not _choose(quantizer, [SiteCall(x, rounded.t(), True, target, weight)], search, shared=True):
             return
         if own is not None and own.folded:
             # Scales of folded weights: one factor for all columns, so the weight itself stays as it was rounded.
@@ -277,15 +276,15 @@ def _search_product(product: QuantizedProduct, groups: list[list[Tensor]], searc
 def _choose(quantizer: Quantizer, calls: Sequence[SiteCall], search: ScaleSearch, *, shared: bool = False) -> bool:
     """Give a quantizer the candidate of least error: a head or output column each its own, or one for all.
 
-    Returns:
-        Whether that is another than it had. Where it is not, what has the next turn was found beside it already, and
-        further rounds would repeat the last.
-
     Args:
         quantizer: calibrated.
         calls: what the error is taken over.
         search: metric and candidates.
         shared: scales run along the summed axis, so that one factor is chosen for all.
+
+    Returns:
+        Whether that is another than it had. Where it is not, what has the next turn was found beside it already, and
+        further rounds would repeat the last.
     """
     if quantizer.offset is not None or isinstance(quantizer, RowQuantizer):
         # Its steps lie where calibration put them: another scale would move them all, or clip each row's largest value.

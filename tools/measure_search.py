@@ -24,10 +24,8 @@ from gplq.plugins.allocated import watch_allocated
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
 from gplq.plugins.hooks import ActivationQATHook
 from gplq.plugins.hooks.model import is_classifier, task_loss, whole_forward
-from gplq.plugins.hooks.progress import logged_progress
 from gplq.plugins.results import ResultRow, append_figures, commit, file_sha256, repeat_command, versions
 from gplq.plugins.without_hook import without_hook
-from gplq.scale_search import search_scales
 from gplq.weight_stage import quantize_weights
 
 EXAMPLE = """example:
@@ -84,29 +82,19 @@ def main() -> None:
     settings = hook.settings
     floating = runner.model.eval()
     model = copy.deepcopy(floating)
-    searched = hook.loader(runner, settings.search.images)
-    batches = list(searched)
-    images = len(searched.dataset)
+    loader = hook.loader(runner, settings.search.images)
+    batches = list(loader)
+    images = len(loader.dataset)
 
     def passes() -> list[float]:
         return [seconds_of(lambda: forward_pass(floating, batches)) for _ in range(args.passes)]
-
-    def search() -> None:
-        search_scales(
-            model,
-            searched,
-            search=settings.search,
-            loss=None if is_classifier(model) else task_loss,
-            forward=whole_forward,
-            progress=logged_progress,
-        )
 
     passes()
     before = passes()
     hook.prepare(runner, model)
     calibrating = seconds_of(lambda: hook.calibrate(runner, model))
     with watch_allocated() as allocated:
-        searching = seconds_of(search)
+        searching = seconds_of(lambda: hook.search(runner, model))
     rounding = seconds_of(lambda: quantize_weights(model))
     a_pass = statistics.median(before + passes())
     with watch_allocated() as of_a_batch:

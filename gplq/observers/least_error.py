@@ -22,19 +22,20 @@ def least_error(values: Tensor, ranges: Iterable[Range], spec: QuantizerSpec) ->
         ranges: candidates, at least one, ends of shape ``(groups,)``.
         spec: of the codes.
     """
-    best: Range | None = None
-    least = torch.full_like(values[:, 0], torch.inf)
-    for candidate in ranges:
-        scale, offset = scale_from_range(*candidate, spec)
-        step = scale[:, None]
-        shift = None if offset is None else offset[:, None]
-        restored = dequantize(quantize(values, step, spec.qmin, spec.qmax, shift), step, shift)
-        error = (restored - values).square().mean(dim=1)
-        if best is None:
-            best, least = candidate, error
-            continue
+    candidates = iter(ranges)
+    best = next(candidates)
+    least = _error(values, best, spec)
+    for candidate in candidates:
+        error = _error(values, candidate, spec)
         better = error < least
         least = torch.where(better, error, least)
         best = Range(torch.where(better, candidate.low, best.low), torch.where(better, candidate.high, best.high))
-    assert best is not None
     return best
+
+
+def _error(values: Tensor, ends: Range, spec: QuantizerSpec) -> Tensor:
+    scale, offset = scale_from_range(*ends, spec)
+    step = scale[:, None]
+    shift = None if offset is None else offset[:, None]
+    restored = dequantize(quantize(values, step, spec.qmin, spec.qmax, shift), step, shift)
+    return (restored - values).square().mean(dim=1)

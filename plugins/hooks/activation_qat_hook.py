@@ -32,10 +32,12 @@ from gplq.plugins.hooks.model import (
     PartForward,
     blank_forward,
     check_compensation,
+    is_classifier,
     model_of,
     part_of,
     rewrap,
     synchronize,
+    task_loss,
     trains,
     whole_forward,
 )
@@ -64,6 +66,7 @@ from gplq.plugins.hooks.teacher import (
 from gplq.plugins.safe_load import allow_mmengine_objects
 from gplq.prepare import prepare
 from gplq.record import Stage, is_prepared, record_of
+from gplq.scale_search import search_scales
 from gplq.serialization import adopt, describe, restore, trains_weights
 from gplq.weight_training import ConfidenceAnnealing, Oscillations, start_weight_training, weight_regularization
 
@@ -250,6 +253,18 @@ class ActivationQATHook(Hook):
             progress=logged_progress,
         )
         synchronize(model)
+
+    def search(self, runner: Runner, model: nn.Module) -> None:
+        """Choose the scales of weights and activations anew by what they do to outputs, alike on every rank."""
+        search_scales(
+            model,
+            self.loader(runner, self.settings.search.images),
+            search=self.settings.search,
+            # Classifiers give logits; the divergence of a detector's many outputs has no such form.
+            loss=None if is_classifier(model) else task_loss,
+            forward=whole_forward,
+            progress=logged_progress,
+        )
 
     def loader(self, runner: Runner, samples: int) -> DataLoader:
         """Calibration images; the same ones at every call."""

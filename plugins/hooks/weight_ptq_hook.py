@@ -16,12 +16,11 @@ from gplq.plugins.atomic_backend import BACKEND_ARGS
 from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
 from gplq.plugins.hooks.company import refuse_beside
 from gplq.plugins.hooks.composed import ComposedHook
-from gplq.plugins.hooks.model import is_classifier, model_of, synchronize, task_loss, whole_forward
+from gplq.plugins.hooks.model import model_of, synchronize
 from gplq.plugins.hooks.progress import logged_progress
 from gplq.plugins.hooks.randomness import seeded
 from gplq.plugins.hooks.report import evaluate
 from gplq.plugins.hooks.stopwatch import Stopwatch
-from gplq.scale_search import search_scales
 from gplq.serialization import save
 from gplq.weight_stage import quantize_weights
 
@@ -86,15 +85,7 @@ class WeightPTQHook(ComposedHook):
         model, settings = model_of(runner), self._activations.settings
         with seeded(settings.seed):
             if settings.recipe.weight_scheme == 'searched':
-                search_scales(
-                    model,
-                    self._activations.loader(runner, settings.search.images),
-                    search=settings.search,
-                    # Classifiers give logits; the divergence of a detector's many outputs has no such form.
-                    loss=None if is_classifier(model) else task_loss,
-                    forward=whole_forward,
-                    progress=logged_progress,
-                )
+                self._activations.search(runner, model)
             quantize_weights(
                 model,
                 self._activations.loader(runner, settings.recipe.calibration_samples),
