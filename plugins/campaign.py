@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mmengine.config import Config
 from mmengine.utils import track_iter_progress
 
 from gplq.files import write_bytes_atomically
-from gplq.plugins.benchmark import HOOK, TOOL, Run, curve_of, rows_of
-from gplq.plugins.command_line import option_value
+from gplq.plugins.benchmark import TOOL, Run, curve_of, rows_of
 from gplq.plugins.comparison import Comparison, add_intervals
+from gplq.plugins.hook_of_config import hook_of, settings_of_run
 from gplq.plugins.hooks.resume import find_resume_point
-from gplq.plugins.hooks.settings import HookSettings
 from gplq.plugins.json_files import read_json
 from gplq.plugins.logged_run import alone, check_tool, run_logged
-from gplq.plugins.methods import METHODS, VARIANTS, variants_of
+from gplq.plugins.methods import VARIANTS, variants_of
 from gplq.plugins.results import ResultError, append_row, file_sha256, rows_so_far
 from gplq.plugins.settings_hash import settings_hash
-from gplq.plugins.type_name import type_name
 
 __all__ = [
     'MARK',
     'carry_out',
-    'check_hook',
     'check_variants',
     'config_of',
     'metrics_of',
@@ -64,7 +59,7 @@ def read(config: str) -> Config:
         ResultError: it is missing, cannot be read, or has no GPLQHook to set.
     """
     cfg = config_of(config)
-    check_hook(cfg, config)
+    hook_of(cfg, config)
     return cfg
 
 
@@ -81,20 +76,6 @@ def config_of(config: str) -> Config:
     except Exception as error:
         # A config is a program; what it raises can be any error.
         raise ResultError(f'config {config} cannot be read: {type(error).__name__}: {error}') from error
-
-
-def check_hook(cfg: Config, config: str) -> None:
-    """Refuse a config without the two lines.
-
-    Raises:
-        ResultError: it has no GPLQHook to set.
-    """
-    hook = (cfg.get('default_hooks') or {}).get('gplq')
-    if not isinstance(hook, dict) or type_name(hook.get('type')) != 'GPLQHook':
-        raise ResultError(
-            f"config {config} has no default_hooks = dict(gplq=dict(type='gplq.plugins.GPLQHook', …)), whose settings "
-            'the methods differ in: add it'
-        )
 
 
 def check_variants(
@@ -114,24 +95,10 @@ def check_variants(
         RecipeError: the settings are no hook's.
     """
 
-    def settings(**more: Any) -> HookSettings:
-        chosen = copy.deepcopy(cfg)
-        given = {key: option_value(text) for key, text in options.items() if key.startswith(HOOK)}
-        try:
-            chosen.merge_from_dict({**given, **{f'{HOOK}{key}': value for key, value in more.items()}})
-        except (TypeError, AttributeError) as error:
-            # Where a setting is no dict, such as recipe='w4a4', none inside it can be set.
-            raise ResultError(
-                f'{config} and --options do not take {sorted(more) or sorted(given)}: {error}; write such a setting as '
-                'dict(…)'
-            ) from error
-        hook = chosen.default_hooks.gplq.to_dict()
-        return HookSettings.from_config(**{key: hook[key] for key in hook if key not in ('type', 'priority')})
-
     for method in methods:
         for variant in filter(VARIANTS.get, variants_of(method, variants)):
-            plain = METHODS[method]
-            if settings(**plain, **VARIANTS[variant]) == settings(**plain):
+            plain, varied = (settings_of_run(cfg, config, method, name, options) for name in ('', variant))
+            if varied == plain:
                 raise ResultError(f'--variants {variant!r}: {config} has these settings already; leave it out')
 
 

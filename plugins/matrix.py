@@ -9,13 +9,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from gplq.plugins.benchmark import HOOK, Run
+from gplq.plugins.benchmark import Run
 from gplq.plugins.campaign import read
-from gplq.plugins.command_line import option_value
-from gplq.plugins.hooks.settings import HookSettings
-from gplq.plugins.methods import METHODS, VARIANTS
+from gplq.plugins.hook_of_config import settings_of_run
 from gplq.plugins.plotting import look, new_figure, save
-from gplq.plugins.results import BOUNDS, ResultError, ResultRow, bits_name
+from gplq.plugins.results import BOUNDS, ResultRow, bits_name
 from gplq.recipe import Recipe
 
 __all__ = ['plot', 'rows_of_runs', 'settings_of', 'write_csv']
@@ -31,15 +29,9 @@ def settings_of(config: str, method: str, options: dict[str, str], variant: str 
 
     Raises:
         RecipeError: the config's hook has a setting that there is not.
-        ResultError: the config cannot be read or has no such hook.
+        ResultError: the config cannot be read, or has no hook that takes them.
     """
-    cfg = read(config)
-    cfg.merge_from_dict({key: option_value(value) for key, value in options.items()})
-    if not isinstance(cfg.default_hooks.gplq, dict):
-        raise ResultError(f'--options leaves default_hooks.gplq={cfg.default_hooks.gplq!r}, which is no hook')
-    cfg.merge_from_dict({f'{HOOK}{name}': value for name, value in VARIANTS[variant].items()})
-    hook = {name: value for name, value in cfg.to_dict()['default_hooks']['gplq'].items() if name != 'type'}
-    settings = HookSettings.from_config(**(hook | METHODS[method]))
+    settings = settings_of_run(read(config), config, method, variant, options)
     found: dict[str, Any] = _differences(settings.recipe, Recipe(), '')
     if settings.recipe.rounding == 'reconstruct':
         found |= _all(settings.reconstruction, 'reconstruction.')

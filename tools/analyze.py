@@ -22,6 +22,7 @@ from gplq.files import write_bytes_atomically
 from gplq.plugins.analysis_page import Model, Sensitivity, render_page, write_csv, write_table
 from gplq.plugins.checkpoint_file import quantization_of, read_checkpoint
 from gplq.plugins.command_line import add_run_arguments, exit_on_error, read_config
+from gplq.plugins.hook_of_config import hook_of
 from gplq.plugins.hooks.activation_qat_hook import ActivationQATHook
 from gplq.plugins.hooks.model import model_of
 from gplq.plugins.hooks.progress import logged_progress
@@ -55,8 +56,8 @@ class _Found:
     """A model in its Runner, calibrated or quantized; the config names its checkpoint by ``load_from``."""
 
     def __init__(self, cfg: Config, bits: str | None) -> None:
-        hook = dict(cfg.default_hooks.pop('gplq'))
-        hook.pop('type')
+        hook = hook_of(cfg, cfg.filename)
+        cfg.default_hooks.pop('gplq')
         if bits is not None:
             found = Recipe.from_string(bits)
             hook |= {'weight_bits': found.weight_bits, 'activation_bits': found.activation_bits}
@@ -110,8 +111,7 @@ def main() -> None:
 
 def _read(args: argparse.Namespace, checkpoint: str) -> Config:
     cfg = read_config(args)
-    if not (cfg.get('default_hooks') or {}).get('gplq'):
-        raise RecipeError(f'{args.config} has no default_hooks.gplq: give a config with the two lines')
+    hook_of(cfg, args.config)
     cfg.load_from, cfg.resume = checkpoint, False
     preflight(cfg)
     return cfg
