@@ -39,13 +39,12 @@ MARK = 'run.json'
 BEGUN = 'begun.json'
 
 
-def task_of(config: str) -> str:
+def task_of(cfg: Config, config: str) -> str:
     """Classification where the data set has splits by name, else detection.
 
     Raises:
-        ResultError: the config cannot be read or validates nothing.
+        ResultError: the config, of this name, validates nothing.
     """
-    cfg = read(config)
     dataset = (cfg.get('val_dataloader') or {}).get('dataset')
     if not dataset:
         raise ResultError(f'{config} has no val_dataloader with a dataset, on whose data the figures are measured')

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmengine.config import Config
+
 from gplq.plugins.benchmark import Bits, Run, bits_of, plan_runs
 from gplq.plugins.campaign import check_variants, metrics_of, read, task_of
 from gplq.plugins.results import ResultError, rows_file
@@ -21,6 +23,7 @@ class Request:
 
     name: str
     config: str
+    cfg: Config
     checkpoint: str
     split: str
     bits: Sequence[Bits]
@@ -39,7 +42,7 @@ class Request:
         Raises:
             ResultError: a variant changes nothing, or an option is none.
         """
-        check_variants(read(self.config), self.config, methods, variants, self.options)
+        check_variants(self.cfg, self.config, methods, variants, self.options)
         return list(
             plan_runs(
                 self.name,
@@ -91,10 +94,12 @@ def request_of(args: argparse.Namespace) -> Request:
         raise ResultError(f'--options wants KEY=VALUE, got {wrong[0]}')
     name = args.benchmark or Path(args.config).stem.removeprefix('gplq_')
     work_dir = args.work_dir or Path('work_dirs', name)
-    task = task_of(args.config)
+    cfg = read(args.config)
+    task = task_of(cfg, args.config)
     return Request(
         name=name,
         config=args.config,
+        cfg=cfg,
         checkpoint=args.checkpoint,
         split=args.split,
         bits=[bits_of(text) for text in args.bits],

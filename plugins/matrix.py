@@ -9,8 +9,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from mmengine.config import Config
+
 from gplq.plugins.benchmark import Run
-from gplq.plugins.campaign import read
 from gplq.plugins.hook_of_config import settings_of_run
 from gplq.plugins.plotting import look, new_figure, save
 from gplq.plugins.results import BOUNDS, ResultRow, bits_name
@@ -24,14 +25,21 @@ COLUMNS = ('minutes', 'peak_memory_mb', 'calibration_samples', 'effective_bits',
 BESIDE = ('weight_bits', 'activation_bits', 'targets', 'skip')
 
 
-def settings_of(config: str, method: str, options: dict[str, str], variant: str = '') -> dict[str, Any]:
+def settings_of(cfg: Config, config: str, method: str, options: dict[str, str], variant: str = '') -> dict[str, Any]:
     """Where the settings of a method, and of a variant of it, differ from the core's defaults, as names and values.
+
+    Args:
+        cfg: with the two lines.
+        config: its name.
+        method: a name in :data:`gplq.plugins.methods.METHODS`.
+        options: the user's, as text.
+        variant: a name in :data:`gplq.plugins.methods.VARIANTS`.
 
     Raises:
         RecipeError: the config's hook has a setting that there is not.
-        ResultError: the config cannot be read, or has no hook that takes them.
+        ResultError: the config has no hook that takes them.
     """
-    settings = settings_of_run(read(config), config, method, variant, options)
+    settings = settings_of_run(cfg, config, method, variant, options)
     found: dict[str, Any] = _differences(settings.recipe, Recipe(), '')
     if settings.recipe.rounding == 'reconstruct':
         found |= _all(settings.reconstruction, 'reconstruction.')

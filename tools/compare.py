@@ -63,7 +63,9 @@ def main() -> None:
     request = request_of(args)
     methods = ['fp32', *(method for method in args.methods if method != 'fp32')]
     told = {
-        ' '.join(filter(None, (method, stage))): settings_of(request.config, method, request.options, stage)
+        ' '.join(filter(None, (method, stage))): settings_of(
+            request.cfg, request.config, method, request.options, stage
+        )
         for method in methods
         if method != 'fp32'
         for stage in (args.stages if method == 'gplq' else [''])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gplq.plugins.benchmark import Run
-from gplq.plugins.campaign import MARK, carry_out, model_of_config, raise_failures, task_of
+from gplq.plugins.campaign import MARK, carry_out, model_of_config, raise_failures, read, task_of
 from gplq.plugins.results import ResultError, read_rows
 
 TRAIN = """
@@ -259,9 +259,9 @@ def test_the_last_words_of_a_log_are_the_reason_where_no_error_is_named(
 def test_task_and_model_are_read_from_the_config(tmp_path: Path) -> None:
     config = tmp_path / 'gplq_vit_cells.py'
     config.write_text(HOOK + "val_dataloader = dict(dataset=dict(split='dev'))")
-    assert task_of(str(config)) == 'classification'
+    assert task_of(read(str(config)), 'a.py') == 'classification'
     config.write_text(HOOK + "val_dataloader = dict(dataset=dict(type='CocoDataset'))")
-    assert task_of(str(config)) == 'detection'
+    assert task_of(read(str(config)), 'a.py') == 'detection'
     assert model_of_config(str(config), 'cells') == 'vit'
 
 
@@ -281,4 +281,4 @@ def test_configs_that_cannot_be_measured(text: str | None, message: str, tmp_pat
     if text is not None:
         config.write_text(text)
     with pytest.raises(ResultError, match=message):
-        task_of(str(config))
+        task_of(read(str(config)), 'a.py')
