@@ -58,9 +58,6 @@ def main() -> None:
     args = parse_args()
     cfg = read_config(args)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    if 'backbone' not in cfg.model:
-        raise GPLQError(f'{args.config}: its model has no backbone to put outliers into')
-    cfg.model.backbone.pop('init_cfg', None)
     checkpoint = read_checkpoint(args.checkpoint)
     model = MODELS.build(cfg.model)
     check_keys(model, checkpoint, args.checkpoint)
